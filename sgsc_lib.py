@@ -1,0 +1,1086 @@
+"""Soft Gradient Sign Consistency (SGSC): the statistic, the method, and what the study needs to test it.
+
+Read top to bottom like a paper. In a batch of B samples, let g_ip be the gradient of sample i's loss with respect to
+parameter p. The **sign consistency** of p and the **gate** made from it are
+
+    c_p = | (1/B) Σ_i sign(g_ip) |        in [0, 1]
+    gate_p = c_p ** γ                     γ ≥ 0;  γ = 0 leaves everything as it is (0 ** 0 = 1)
+
+SGSC multiplies the mean gradient by the gate before the optimiser sees it (placement ``"before"``), or multiplies the
+optimiser's finished update by it (placement ``"after"``).
+
+For a Linear layer g_i is an outer product δ_i a_iᵀ of the back-propagated error and the layer's input, and the sign of a
+product is the product of the signs. So one extra matrix product, sign(Δ)ᵀ sign(A), gives the exact statistic, and the
+B × P per-sample gradients never exist.
+
+Index letters, here and in the notebooks: i sample, p parameter, r run, t step, e epoch; B batch size, R runs,
+A a layer's inputs, Δ the errors at its output. Shapes stand at the ends of lines.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import inspect
+import io
+import itertools
+import json
+import math
+import numbers
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import joblib
+import numpy as np
+import pandas as pd
+import scipy
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent
+CACHE = ROOT / ".cache" / "runs"
+PLACEMENTS = ("before", "after")
+CONTROLS = ("none", "permuted", "layer-mean", "frozen")
+
+
+def check(name: str, value: Any, kind: type, low: float | None = None, high: float | None = None) -> Any:
+    """Return `value`, or raise an error that names the parameter, what it should be and what was found.
+
+    `kind` is int, float, bool or str. A bool is not an int, an int is a float, NaN and infinity are never accepted.
+    The bounds are inclusive. Raises TypeError for a wrong type and ValueError for a wrong value.
+    """
+    accepted = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"`{name}` should be {'an' if kind is int else 'a'} {kind.__name__}. Found {value!r}.")
+    if kind in (int, float):
+        if not math.isfinite(value):
+            raise ValueError(f"`{name}` should be finite. Found {value!r}.")
+        if low is not None and value < low:
+            raise ValueError(f"`{name}` should be ≥ {low}. Found {value!r}.")
+        if high is not None and value > high:
+            raise ValueError(f"`{name}` should be ≤ {high}. Found {value!r}.")
+    return value
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> Any:
+    """Return `value` if it is one of `choices`; raise a ValueError that lists them otherwise."""
+    if value not in choices:
+        raise ValueError(f"`{name}` should be one of {', '.join(map(repr, choices))}. Found {value!r}.")
+    return value
+
+
+# ======================================================================================================================
+# Data: MNIST-1D (Greydanus & Kobak, arXiv 2011.14439), generated offline
+# ======================================================================================================================
+
+# SHA-256 of the float32 features and int64 labels of `draw_mnist1d(5000, seed=42)`. They equal, bit for bit, the
+# float32 arrays of the authors' frozen download.
+DATA_SHA256 = "f7e6b4ae1766612049bfa012eb07881b5a4d2a1f4c0fd4cc7ce4b79fb0853cdb"
+
+
+class Dataset(NamedTuple):
+    """A classification data set cut in three; features float32 [N, 40], labels int64 [N]."""
+
+    x_train: Tensor
+    y_train: Tensor
+    x_valid: Tensor
+    y_valid: Tensor
+    x_test: Tensor
+    y_test: Tensor
+
+
+def sha256_of(*tensors: Tensor) -> str:
+    """SHA-256 of the tensors' bytes, in order, as 64 hex digits."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=8)
+def draw_mnist1d(num_samples: int = 5000, *, seed: int = 42) -> tuple[Tensor, Tensor]:
+    """Draw MNIST-1D with its authors' own generator and default settings, in their order.
+
+    Returns features float32 [num_samples, 40], standardised over the draw, and labels int64 [num_samples].
+    Works offline and leaves NumPy's global random state as it found it. Another `seed` gives a fresh sample of the same
+    distribution. Raises ValueError where `num_samples` is not a positive multiple of the 10 classes, and RuntimeError
+    where the default draw is not the published data set.
+    """
+    # mnist1d is imported here because only this function needs it: SGSC on a model of one's own does not.
+    from mnist1d.data import get_dataset_args, make_dataset
+
+    check("num_samples", num_samples, int, low=10)
+    check("seed", seed, int, low=0, high=2**32 - 1)
+    if num_samples % 10:
+        raise ValueError(f"`num_samples` should be a multiple of the 10 classes. Found {num_samples}.")
+    args = get_dataset_args()
+    args.num_samples, args.seed = num_samples, seed
+    state = np.random.get_state()  # make_dataset seeds the global generator
+    try:
+        arrays = make_dataset(args)
+    finally:
+        np.random.set_state(state)
+    x = torch.from_numpy(np.concatenate([arrays["x"], arrays["x_test"]]).astype(np.float32))
+    y = torch.from_numpy(np.concatenate([arrays["y"], arrays["y_test"]]).astype(np.int64))
+    if (num_samples, seed) == (5000, 42) and (found := sha256_of(x, y)) != DATA_SHA256:
+        raise RuntimeError(f"MNIST-1D should have SHA-256 {DATA_SHA256}. Found {found}: another mnist1d or NumPy?")
+    return x, y
+
+
+def load_mnist1d(
+    num_samples: int = 5000, *, seed: int = 42, valid_fraction: float = 0.2, label_noise: float = 0.0
+) -> Dataset:
+    """Load MNIST-1D, split as its authors split it (80 % training, 20 % test), with validation cut from training.
+
+    The last `valid_fraction` of the training rows becomes the validation set (the rows come shuffled). `label_noise` is
+    the exact share of the *remaining training* labels that is replaced by one of the nine other classes; validation and
+    test labels stay clean. Returns a `Dataset`. Raises TypeError or ValueError naming the parameter.
+    """
+    check("valid_fraction", valid_fraction, float, low=0.0, high=0.9)
+    check("label_noise", label_noise, float, low=0.0, high=1.0)
+    x, y = draw_mnist1d(num_samples, seed=seed)
+    n_known = int(num_samples * 0.8)
+    n_train = n_known - round(n_known * valid_fraction)
+    y_train = y[:n_train].clone()
+    if label_noise:
+        generator = torch.Generator().manual_seed(seed)
+        wrong = torch.randperm(n_train, generator=generator)[: round(n_train * label_noise)]
+        y_train[wrong] = (y_train[wrong] + torch.randint(1, 10, wrong.shape, generator=generator)) % 10
+    parts = x[:n_train], y_train, x[n_train:n_known], y[n_train:n_known], x[n_known:], y[n_known:]
+    return Dataset(*(part.clone() for part in parts))  # clones: the draw itself is cached
+
+
+# ======================================================================================================================
+# Model
+# ======================================================================================================================
+
+
+def _check_widths(widths: Sequence[int]) -> tuple[int, ...]:
+    if len(widths) < 2:
+        raise ValueError(f"`widths` should name at least an input and an output width. Found {tuple(widths)}.")
+    return tuple(int(check("widths", width, int, low=1)) for width in widths)
+
+
+def mlp(widths: Sequence[int] = (40, 128, 128, 10), *, seed: int) -> nn.Sequential:
+    """A multi-layer perceptron of Linear layers with ReLU between them, from a generator of its own.
+
+    The initialisation is PyTorch's default for `nn.Linear`, drawn in the same order: the parameters equal those of the
+    same layers built after `torch.manual_seed(seed)`. The global random state is neither used nor changed.
+    """
+    widths = _check_widths(widths)
+    generator = torch.Generator().manual_seed(check("seed", seed, int, low=0))
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in itertools.pairwise(widths):
+        linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out)
+        nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5), generator=generator)
+        nn.init.uniform_(linear.bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator=generator)
+        layers += [linear, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+# ======================================================================================================================
+# The definition: per-sample gradients and their sign consistency
+# ======================================================================================================================
+
+BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+
+
+def _coupled(model: nn.Module) -> str | None:
+    """Name the first module that makes one sample's output depend on another's, if there is one."""
+    for name, module in model.named_modules():
+        if isinstance(module, BATCH_NORMS) and (module.training or not module.track_running_stats):
+            return f"'{name}' ({type(module).__name__}, training mode)"
+    return None
+
+
+def per_sample_gradients(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    *,
+    chunk_size: int | None = None,
+) -> dict[str, Tensor]:
+    """Every sample's own gradient, by `torch.func.vmap(grad(...))`: the reference all else is tested against.
+
+    `x` is [B, ...], `y` is [B, ...]; the loss is called on batches of one. Returns {parameter name: [B, *shape]} for the
+    parameters that require a gradient. `chunk_size` bounds how many samples are differentiated at once. Works for any
+    model without coupling between samples; raises ValueError naming the module where there is such a coupling.
+    """
+    if coupled := _coupled(model):
+        raise ValueError(f"`model` should treat samples independently. Found {coupled}: call model.eval() first.")
+    if len(x) != len(y):
+        raise ValueError(f"`y` should have as many rows as `x`, {len(x)}. Found {len(y)}.")
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    rest = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad} | dict(model.named_buffers())
+
+    def loss(parameters: dict[str, Tensor], x_i: Tensor, y_i: Tensor) -> Tensor:
+        output = torch.func.functional_call(model, parameters | rest, (x_i.unsqueeze(0),))
+        return loss_fn(output, y_i.unsqueeze(0))
+
+    gradient = torch.func.grad(loss)
+    return torch.func.vmap(gradient, in_dims=(None, 0, 0), chunk_size=chunk_size, randomness="different")(parameters, x, y)
+
+
+def sign_consistency(per_sample: Tensor | Mapping[str, Tensor]) -> Any:
+    """|mean_i sign g_i|: per-sample gradients [B, *shape] -> consistency [*shape], in [0, 1].
+
+    A mapping of them, as `per_sample_gradients` returns, gives a dict. An exactly zero gradient has sign 0 and so
+    counts against consistency. Raises ValueError for an empty batch.
+    """
+    if isinstance(per_sample, Mapping):
+        return {name: sign_consistency(tensor) for name, tensor in per_sample.items()}
+    if per_sample.ndim == 0 or len(per_sample) == 0:
+        raise ValueError(f"`per_sample` should be [B, *shape] with B ≥ 1. Found shape {tuple(per_sample.shape)}.")
+    dtype = _statistic_dtype(per_sample)  # bfloat16 counts exactly only to 256
+    return (per_sample.sign().sum(0, dtype=dtype) / len(per_sample)).abs()
+
+
+def _statistic_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def noise_floor(batch_size: int) -> float:
+    """E[c] where every per-sample sign is a fair coin: √(2/(πB)), the mean of a folded normal with variance 1/B."""
+    return math.sqrt(2 / (math.pi * check("batch_size", batch_size, int, low=1)))
+
+
+# ======================================================================================================================
+# The factored statistic: the same number from one matrix product
+# ======================================================================================================================
+
+
+def factored_sums(inputs: Tensor, errors: Tensor, f: Callable[[Tensor], Tensor] = torch.sign) -> tuple[Tensor, Tensor]:
+    """Σ_i f(g_i) for the weight and the bias of a Linear layer used once per sample, without any g_i.
+
+    Sample i's weight gradient is δ_i a_iᵀ. For every f with f(xy) = f(x) f(y) (sign, |·|, square, [·≠0], the identity)
+    Σ_i f(δ_i a_iᵀ) = f(Δ)ᵀ f(A). BackPACK takes its second moment this way (Dangel et al., arXiv 1912.10985,
+    section 2.2), with the square for f. `inputs` A is [..., B, in] and `errors` Δ is [..., B, out]; leading axes are
+    independent. Returns sums [..., out, in] and [..., out].
+    """
+    f_errors = f(errors)
+    return f_errors.mT @ f(inputs), f_errors.sum(-2)
+
+
+def power_gate(sign_sums: Tensor, batch_size: int, gamma: float | Tensor) -> Tensor:
+    """c ** γ from Σ_i sign(g_i): integers in [-B, B], so a table of B + 1 powers and a look-up replace P powers.
+
+    `sign_sums` is [*shape] with a number `gamma`, or [R, *shape] with one gamma a run as a float64 tensor [R].
+    Returns the gate in the same shape and dtype. Raises ValueError for a negative or non-finite number `gamma`.
+    """
+    gammas = gamma if isinstance(gamma, Tensor) else torch.tensor([check("gamma", gamma, float, low=0.0)])
+    levels = torch.arange(batch_size + 1, dtype=torch.float64) / batch_size  # [B+1]
+    table = (levels ** gammas.to(torch.float64).unsqueeze(1)).to(sign_sums)  # [R, B+1]
+    return table.gather(1, sign_sums.abs().long().view(len(gammas), -1)).view_as(sign_sums)
+
+
+# ======================================================================================================================
+# SGSC on any model
+# ======================================================================================================================
+
+# A rule returns, for each parameter of its module, Σ_i sign(g_i) and the number of non-zero entries of all g_i. It is
+# given the module, its input A and the error Δ at its output, both with the samples along their first axis.
+Rule = Callable[[nn.Module, Tensor, Tensor], dict[str, tuple[Tensor, Tensor]]]
+
+CHUNK_ELEMENTS = 2**24  # the most per-sample gradient entries that a rule holds at once: 64 MiB in float32
+
+
+def _sign_sum(per_sample: Tensor) -> Tensor:
+    return per_sample.sign().sum(0, dtype=torch.float32)
+
+
+def _chunks(batch_size: int, entries: int) -> Iterator[slice]:
+    size = max(1, CHUNK_ELEMENTS // max(1, entries))
+    return (slice(start, start + size) for start in range(0, batch_size, size))
+
+
+def linear_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Rule for `nn.Linear`: factored on [B, in]; on [B, ..., in] sample i's gradient is a sum of outer products,
+    whose sign does not factor, so it is built, [out, in] a sample, chunk by chunk."""
+    inputs, errors = (t.reshape(len(t), -1, t.shape[-1]) for t in (inputs, errors))  # [B, T, in], [B, T, out]
+    if inputs.shape[1] == 1:  # one outer product a sample, as for [B, in]
+        a, delta = inputs.squeeze(1), errors.squeeze(1)
+        weight, bias = factored_sums(a.sign().float(), delta.sign().float())
+        rows = delta.count_nonzero(1)
+        return {"weight": (weight, (rows * a.count_nonzero(1)).sum()), "bias": (bias, rows.sum())}
+    weight = torch.zeros_like(module.weight, dtype=torch.float32)
+    active = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for part in _chunks(len(inputs), weight.numel()):
+        gradients = errors[part].mT @ inputs[part].to(errors.dtype)  # [b, out, in]
+        weight += _sign_sum(gradients)
+        active += gradients.count_nonzero()
+    bias = errors.sum(1)  # [B, out]
+    return {"weight": (weight, active), "bias": (_sign_sum(bias), bias.count_nonzero())}
+
+
+def embedding_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Rule for `nn.Embedding`: the errors of one token in one sample add up before the sign is taken, so memory is one
+    row for each distinct (sample, token) pair, never B × the vocabulary."""
+    tokens = inputs.flatten(1)  # [B, T]
+    samples = torch.arange(len(tokens), device=tokens.device).unsqueeze(1)
+    pairs, where = (samples * module.num_embeddings + tokens).unique(return_inverse=True)  # [Q], [B, T]
+    gradients = errors.new_zeros(len(pairs), errors.shape[-1])
+    gradients.index_add_(0, where.flatten(), errors.reshape(-1, errors.shape[-1]))  # [Q, D]
+    token_of = pairs % module.num_embeddings
+    if module.padding_idx is not None:
+        gradients[token_of == module.padding_idx] = 0
+    weight = torch.zeros_like(module.weight, dtype=torch.float32)
+    weight.index_add_(0, token_of, gradients.sign().float())
+    return {"weight": (weight, gradients.count_nonzero())}
+
+
+def per_sample_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Rule for any layer that maps one tensor to one tensor, sample by sample: the layer's own per-sample gradients,
+    by vmap, a chunk at a time. `SGSC.rules[MyLayer] = per_sample_rule` makes it serve a layer of one's own."""
+    parameters = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    rest = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad} | dict(module.named_buffers())
+
+    def inner_product(parameters: dict[str, Tensor], a: Tensor, delta: Tensor) -> Tensor:
+        output = torch.func.functional_call(module, parameters | rest, (a.unsqueeze(0),))
+        return (output * delta).sum()  # its gradient is the layer's vector-Jacobian product with δ_i
+
+    gradient = torch.func.vmap(torch.func.grad(inner_product), in_dims=(None, 0, 0), randomness="different")
+    sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    active = {name: torch.zeros((), dtype=torch.int64, device=p.device) for name, p in parameters.items()}
+    for part in _chunks(len(inputs), sum(p.numel() for p in parameters.values())):
+        for name, per_sample in gradient(parameters, inputs[part], errors[part]).items():
+            sums[name] += _sign_sum(per_sample)
+            active[name] += per_sample.count_nonzero()
+    return {name: (sums[name], active[name]) for name in sums}
+
+
+class SGSC:
+    """Soft Gradient Sign Consistency on a PyTorch model: hooks it, and gates its gradients or its updates by c ** γ.
+
+    >>> model = mlp((40, 16, 10), seed=0)
+    >>> optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    >>> sgsc = SGSC(model, gamma=0.25)
+    >>> x, y = torch.randn(32, 40), torch.randint(10, (32,))
+    >>> F.cross_entropy(model(x), y).backward()
+    >>> sgsc.scale_gradients_()              # the card's method; or: with sgsc.scaled_update(): optimizer.step()
+    >>> optimizer.step()
+
+    Exact for the layers in `SGSC.rules`, under three conditions that are checked where they can be: samples lie along
+    the first axis everywhere; each layer is used once per sample; the loss is a mean or a sum over samples. A model
+    that breaks one is refused by the name of the module, with the way out. `SGSC.rules[MyLayer] = per_sample_rule`
+    adds a layer of one's own. Several backward passes before one gate add up to the c of the whole batch; a new
+    statistic starts when the gradients were cleared, or after a gate was used.
+
+    Parameters: `gamma` ≥ 0. `process_group`: under `torch.distributed`, the group whose sign sums are added up, so that
+    c is that of the global batch (`dist.group.WORLD` for all processes); every process must then gate at the same time.
+    Raises TypeError or ValueError on construction, ValueError in the forward pass, RuntimeError for calls out of order.
+    """
+
+    rules: dict[type, Rule] = {  # noqa: RUF012 - a table that users extend
+        nn.Linear: linear_rule,
+        nn.Embedding: embedding_rule,
+        **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.LayerNorm, nn.GroupNorm), per_sample_rule),
+        **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), per_sample_rule),  # in eval mode only
+    }
+
+    def __init__(self, model: nn.Module, gamma: float, *, process_group: dist.ProcessGroup | None = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"`model` should be a torch.nn.Module. Found {type(model).__name__}.")
+        self.gamma = check("gamma", gamma, float, low=0.0)
+        self._model, self._group = model, process_group
+        self._refuse_unsupported()
+        self._pass: _Pass | None = None  # the forward pass under way
+        self._start_statistic()
+        self._hooks: list[Any] = [model.register_forward_pre_hook(self._on_model, prepend=True, with_kwargs=True)]
+        for name, module in model.named_modules():
+            if self._owned(module) and type(module) in self.rules:
+                self._hooks.append(module.register_forward_hook(self._layer_hook(name, module), with_kwargs=True))
+
+    # -- what can't be gated exactly is refused, by name and with the way out ------------------------------------------
+
+    @staticmethod
+    def _owned(module: nn.Module) -> dict[str, nn.Parameter]:
+        return dict(module.named_parameters(recurse=False))
+
+    def _refuse_unsupported(self) -> None:
+        def refuse(name: str, module: nn.Module, reason: str, way_out: str) -> None:
+            raise ValueError(f"SGSC does not serve '{name}' ({type(module).__name__}): {reason}. {way_out}.")
+
+        reference = "For a reference on any model without coupling, use per_sample_gradients"
+        first_owner: dict[nn.Parameter, str] = {}
+        for name, module in self._model.named_modules():
+            name, owned = name or "model", self._owned(module)
+            if isinstance(module, torch._dynamo.OptimizedModule):
+                refuse(name, module, "hooks set after torch.compile are not run", "Build SGSC first, then compile")
+            if isinstance(module, nn.DataParallel):
+                refuse(name, module, "it runs on copies of the model", "Use DistributedDataParallel")
+            if isinstance(module, BATCH_NORMS) and (module.training or not module.track_running_stats):
+                refuse(name, module, "in training mode it couples the samples", "Call its eval(), or use GroupNorm")
+            if any(nn.parameter.is_lazy(p) for p in owned.values()):
+                refuse(name, module, "its parameters are not initialised yet", "Run the model once first")
+            for parameter in owned.values():
+                if parameter in first_owner:
+                    refuse(name, module, f"it shares a parameter with '{first_owner[parameter]}'", reference)
+                first_owner[parameter] = name
+            trainable = {key for key, p in owned.items() if p.requires_grad}
+            if not trainable:
+                continue
+            if type(module) not in self.rules:
+                way_out = f"Freeze its parameters, or add a rule: SGSC.rules[{type(module).__name__}] = per_sample_rule"
+                refuse(name, module, f"no rule for it, and it owns {sorted(trainable)}", f"{way_out}. {reference}")
+            if any(not p.is_floating_point() for p in owned.values()):
+                refuse(name, module, "its parameters are not real floating-point numbers", reference)
+            if isinstance(module, nn.Linear | nn.Embedding) and not owned.keys() <= {"weight", "bias"}:
+                refuse(name, module, "its weight is computed from other parameters", "Remove the parametrisation")
+            if isinstance(module, nn.Embedding) and (module.sparse or module.max_norm is not None):
+                refuse(name, module, "sparse gradients and max_norm are not covered", "Use sparse=False, max_norm=None")
+
+    # -- hooks ---------------------------------------------------------------------------------------------------------
+
+    def _start_pass(self, rows: int) -> _Pass:
+        for name, module in self._model.named_modules():  # train() may have been called since construction
+            if isinstance(module, BATCH_NORMS) and module.training:
+                raise ValueError(f"SGSC does not serve '{name}' ({type(module).__name__}) in training mode: it couples "
+                                 "the samples. Call its eval(), or use GroupNorm.")
+        self._pass = _Pass(rows)
+        return self._pass
+
+    @torch.compiler.disable
+    def _on_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.ndim), None)
+        if first is not None and torch.is_grad_enabled() and not _in_functional_transform(first):
+            self._start_pass(len(first))
+        elif first is None:
+            self._pass = None  # the first layer tells how many samples there are
+
+    def _layer_hook(self, name: str, module: nn.Module) -> Callable:
+        @torch.compiler.disable
+        def on_layer(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+            if not torch.is_grad_enabled() or any(map(_in_functional_transform, tensors)):
+                return
+            if not any(p.requires_grad for p in self._owned(module).values()):
+                return
+            where = f"'{name}' ({type(module).__name__})"
+            if len(tensors) != 1 or not isinstance(output, Tensor):
+                raise ValueError(f"{where} should map one tensor to one tensor. Found {len(tensors)} tensor inputs.")
+            inputs = tensors[0].detach()
+            this = self._pass if self._pass and not self._pass.counted else self._start_pass(len(inputs))
+            if name in this.layers:
+                raise ValueError(f"{where} should be used once in a forward pass. Found a second use: a sample's gradient "
+                                 "would be a sum of outer products. Use per_sample_gradients; activation checkpointing, "
+                                 "which runs layers twice, is not covered.")
+            least = 1 if isinstance(module, nn.Embedding) else 2
+            if inputs.ndim < least or len(inputs) != this.rows:
+                raise ValueError(f"{where} should see the batch's {this.rows} samples along its first axis. Found an input "
+                                 f"of shape {tuple(inputs.shape)}.")
+            this.layers[name] = False
+            output.register_hook(lambda errors: self._on_errors(this, name, module, inputs, errors.detach()))
+
+        return on_layer
+
+    def _on_errors(self, this: _Pass, name: str, module: nn.Module, inputs: Tensor, errors: Tensor) -> None:
+        if this is not self._pass or this.layers[name]:
+            raise RuntimeError("SGSC needs one backward pass for each forward pass, before the next forward pass: else a "
+                               "sample's gradient is a sum over passes. Evaluate under torch.no_grad().")
+        this.layers[name] = True
+        if not this.counted:  # the first layer reached by this backward pass
+            this.counted = True
+            if self._gated or all(p.grad is None for p in self._parameters().values()):
+                self._start_statistic()
+            self._samples += this.rows
+            self._reduced = None
+        with torch.no_grad(), torch.autocast(errors.device.type, enabled=False):
+            for key, (sign_sum, active) in self.rules[type(module)](module, inputs, errors).items():
+                full = f"{name}.{key}" if name else key
+                if full in self._sums:
+                    self._sums[full] += sign_sum
+                    self._active[full] += active
+                else:
+                    self._sums[full], self._active[full] = sign_sum, active
+
+    # -- the statistic and its uses ------------------------------------------------------------------------------------
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+
+    def _start_statistic(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._active: dict[str, Tensor] = {}
+        self._samples = 0
+        self._reduced: tuple[dict[str, Tensor], dict[str, Tensor], int] | None = None
+        self._gated = False
+
+    def _statistic(self) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+        """Sign sums and active counts by parameter, and the number of samples, of all processes together."""
+        if self._reduced is None:
+            zero = torch.zeros((), dtype=torch.int64)
+            sums, active = {}, {}
+            for name, p in self._parameters().items():
+                if p.grad is not None and name not in self._sums and self._samples:
+                    raise RuntimeError(f"'{name}' has a gradient, but its module's forward was not seen: it is used "
+                                       "outside that module, or was frozen when SGSC was built.")
+                sums[name] = self._sums.get(name, torch.zeros_like(p, dtype=torch.float32))
+                active[name] = self._active.get(name, zero.to(p.device))
+            samples = torch.tensor(self._samples, device=next(iter(sums.values())).device if sums else None)
+            if self._group is not None:
+                sums = {name: tensor.clone() for name, tensor in sums.items()}  # this process's own sums stay
+                active = {name: tensor.clone() for name, tensor in active.items()}
+                tensors = (samples, *sums.values(), *active.values())
+                for work in [dist.all_reduce(tensor, group=self._group, async_op=True) for tensor in tensors]:
+                    work.wait()
+            if not samples:
+                raise RuntimeError("No statistic yet: call loss.backward() first.")
+            self._reduced = sums, active, int(samples)
+        return self._reduced
+
+    def _gates(self) -> dict[str, Tensor]:
+        if self._gated:
+            raise RuntimeError("This statistic was used already: call loss.backward() again before the next gate.")
+        sums, _, samples = self._statistic()
+        self._gated = True
+        gamma = check("gamma", self.gamma, float, low=0.0)
+        parameters = self._parameters()
+        return {name: power_gate(s.to(_statistic_dtype(parameters[name])), samples, gamma) for name, s in sums.items()}
+
+    def consistency(self) -> dict[str, Tensor]:
+        """{parameter name: c, [*shape] in [0, 1]} of the samples since the gradients were last cleared.
+
+        float64 for float64 parameters, float32 otherwise. Raises RuntimeError before the first backward pass.
+        """
+        sums, _, samples = self._statistic()
+        parameters = self._parameters()
+        return {name: s.to(_statistic_dtype(parameters[name])).abs() / samples for name, s in sums.items()}
+
+    @torch.no_grad()
+    def scale_gradients_(self) -> None:
+        """p.grad ← p.grad · c ** γ, in place (the card's method). Call between `backward()` and `step()`, before clipping."""
+        parameters = self._parameters()
+        for name, gate in self._gates().items():
+            if (gradient := parameters[name].grad) is not None:
+                gradient.mul_(gate)
+
+    @contextmanager
+    def scaled_update(self) -> Iterator[None]:
+        """Gate the finished update instead: p ← p_before + c ** γ · (p_after − p_before) around `optimizer.step()`.
+
+        All that the step does to a parameter is gated, decoupled weight decay included. Holds a copy of the parameters
+        for the length of the step; c = 1 gives the ungated step bit for bit.
+        """
+        parameters = self._parameters()
+        gates = self._gates()
+        before = {name: parameters[name].detach().clone() for name in gates}
+        yield
+        with torch.no_grad():
+            for name, gate in gates.items():
+                p = parameters[name]
+                p.copy_(torch.lerp(before[name], p, gate.to(p.dtype)))
+
+    def summary(self) -> pd.DataFrame:
+        """One tidy row a parameter: `parameter, entries, samples, mean, q05, q25, q50, q75, q95` of c; `share_zero`, the
+        share of entries with c = 0; `active_share`, the share of (sample, entry) pairs with a non-zero gradient, which
+        caps c; and `noise_floor`, E[c] under random signs at this number of samples."""
+        sums, active, samples = self._statistic()
+        rows = []
+        for name, c in self.consistency().items():
+            values = c.detach().cpu().double().flatten().numpy()
+            quantiles = dict(zip(("q05", "q25", "q50", "q75", "q95"),
+                                 np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95)), strict=True))
+            rows.append({"parameter": name, "entries": values.size, "samples": samples, "mean": values.mean(), **quantiles,
+                         "share_zero": (values == 0).mean(), "active_share": int(active[name]) / (samples * values.size),
+                         "noise_floor": noise_floor(samples)})
+        return pd.DataFrame(rows)
+
+    def remove(self) -> None:
+        """Take the hooks off the model; what was computed stays readable."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def __enter__(self) -> SGSC:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+@dataclass
+class _Pass:
+    """One forward pass of a hooked model: its samples, its layers (True once their errors arrived)."""
+
+    rows: int
+    counted: bool = False
+
+    def __post_init__(self) -> None:
+        self.layers: dict[str, bool] = {}
+
+
+def _in_functional_transform(tensor: Tensor) -> bool:
+    # vmap and grad of torch.func call the hooked modules too, on wrapped tensors: those calls are not training passes.
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+# ======================================================================================================================
+# Training many runs at once
+# ======================================================================================================================
+
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam's defaults (Kingma & Ba, arXiv 1412.6980), as in torch.optim.Adam
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. Runs of one `seed` share initial weights and batches, whatever else differs.
+
+    `gamma` 0 is plain Adam. `placement` "before" gates the gradient that enters Adam (the card's method), "after" gates
+    Adam's finished update. `control` replaces the gate by one that keeps a part of it: "permuted" shuffles it over the
+    entries of each weight or bias afresh each step, "layer-mean" puts its mean over each weight or bias in every
+    entry, "frozen" keeps the first step's gate for good. Raises TypeError or ValueError naming the field.
+    """
+
+    seed: int
+    lr: float
+    gamma: float = 0.0
+    placement: str = "before"
+    control: str = "none"
+
+    def __post_init__(self) -> None:
+        check("seed", self.seed, int, low=0)
+        if check("lr", self.lr, float) <= 0:
+            raise ValueError(f"`lr` should be > 0. Found {self.lr!r}.")
+        check("gamma", self.gamma, float, low=0.0)
+        check_choice("placement", self.placement, PLACEMENTS)
+        check_choice("control", self.control, CONTROLS)
+
+
+@dataclass
+class Curves:
+    """What `train` recorded, as NumPy arrays: R runs, T steps, E epochs. A diverged run keeps its NaNs.
+
+    `step_loss` is the loss of each step's batch before the update; `probe_loss` the loss of a fixed batch after it
+    (T = 0 unless asked for). The epoch curves are full passes after each epoch. `fresh_*` are of the final model on the
+    fresh sample (NaN unless given).
+    """
+
+    runs: list[Run]
+    step_loss: np.ndarray  # [R, T]
+    probe_loss: np.ndarray  # [R, T]
+    train_loss: np.ndarray  # [R, E]
+    train_accuracy: np.ndarray  # [R, E]
+    valid_loss: np.ndarray  # [R, E]
+    valid_accuracy: np.ndarray  # [R, E]
+    test_loss: np.ndarray  # [R, E]
+    test_accuracy: np.ndarray  # [R, E]
+    fresh_loss: np.ndarray  # [R]
+    fresh_accuracy: np.ndarray  # [R]
+
+    EPOCH_CURVES = ("train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "test_loss", "test_accuracy")
+
+    def frame(self) -> pd.DataFrame:
+        """Tidy: one row a run and epoch, with the run's fields and the six epoch curves."""
+        n_runs, n_epochs = self.train_loss.shape
+        runs = pd.DataFrame([asdict(run) for run in self.runs]).loc[np.repeat(np.arange(n_runs), n_epochs)]
+        runs = runs.reset_index(drop=True).assign(epoch=np.tile(np.arange(1, n_epochs + 1), n_runs))
+        return runs.assign(**{name: getattr(self, name).ravel() for name in self.EPOCH_CURVES})
+
+
+def _stacked_parameters(runs: Sequence[Run], widths: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    models = [mlp(widths, seed=run.seed) for run in runs]
+    return [torch.stack([p.detach() for p in ps]).to(dtype) for ps in zip(*(m.parameters() for m in models), strict=True)]
+
+
+def _forward(parameters: list[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """All runs' forward pass on x [R, B, in]: the inputs A of each layer and the outputs of each layer."""
+    inputs, outputs = [x], []
+    for weight, bias in zip(parameters[::2], parameters[1::2], strict=True):
+        outputs.append(torch.baddbmm(bias.unsqueeze(1), inputs[-1], weight.mT))  # [R, B, out]
+        if not outputs[-1].requires_grad and torch.is_grad_enabled():
+            outputs[-1].requires_grad_()  # the errors Δ are the gradients at these outputs
+        inputs.append(outputs[-1].relu())
+    return inputs[:-1], outputs
+
+
+def _losses(logits: Tensor, y: Tensor) -> Tensor:
+    """Each run's mean cross-entropy: logits [R, B, classes], labels [R, B] -> [R]."""
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape).mean(1)
+
+
+@torch.no_grad()
+def _evaluate(parameters: list[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss [R] and accuracy [R] of every run on all of x [N, in], in blocks that stay in cache."""
+    n_runs, n = len(parameters[0]), len(x)
+    loss, correct = torch.zeros(n_runs, dtype=x.dtype), torch.zeros(n_runs, dtype=torch.int64)
+    for x_block, y_block in zip(x.split(500), y.split(500), strict=True):
+        logits = _forward(parameters, x_block.expand(n_runs, *x_block.shape))[1][-1]
+        labels = y_block.expand(n_runs, -1)
+        loss += _losses(logits, labels) * len(x_block)
+        correct += (logits.argmax(-1) == labels).sum(1)
+    return loss / n, correct / n if n else torch.full((n_runs,), math.nan)
+
+
+def adam_step_(
+    parameters: list[Tensor], gradients: list[Tensor], moments: list[tuple[Tensor, Tensor]], lr: Tensor, step: int,
+    gates: list[Tensor] | None = None,
+) -> None:
+    """One step of Adam (Kingma & Ba, algorithm 1) on tensors [R, ...] with a learning rate a run, lr float64 [R].
+
+    Operation by operation what torch.optim.Adam does to one tensor. `gates` scale the finished update. `step` counts
+    from 1; `parameters` and `moments` are changed in place.
+    """
+    correction1, correction2 = 1 - BETA1**step, 1 - BETA2**step
+    for k, (p, g, (m, v)) in enumerate(zip(parameters, gradients, moments, strict=True)):
+        m.lerp_(g, 1 - BETA1)
+        v.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
+        denominator = (v.sqrt() / correction2**0.5).add_(EPSILON)
+        update = m * (-lr / correction1).to(p.dtype).view(-1, *[1] * (p.ndim - 1))
+        p.addcdiv_(update if gates is None else update.mul_(gates[k]), denominator)
+
+
+def _controlled(gates: list[Tensor], control: str, first: list[Tensor] | None, generators: list[torch.Generator]) -> list[Tensor]:
+    """Replace gates [R, ...] by the part of them that `control` keeps (see `Run`)."""
+    if control == "permuted":
+        orders = [torch.stack([torch.randperm(g[0].numel(), generator=own) for own in generators]) for g in gates]
+        return [g.flatten(1).gather(1, order).view_as(g) for g, order in zip(gates, orders, strict=True)]
+    if control == "layer-mean":
+        return [g.flatten(1).mean(1).view(-1, *[1] * (g.ndim - 1)).expand_as(g) for g in gates]
+    return first if control == "frozen" and first is not None else gates
+
+
+def _stream(seed: int, purpose: int) -> torch.Generator:
+    """A generator of its own for each purpose of a seed: 1 the order of batches, 2 the permuted control."""
+    state = np.random.SeedSequence([seed, purpose]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state))
+
+
+@torch.no_grad()
+def _train_stack(
+    key: str, runs: Sequence[Run], data: Dataset, fresh: tuple[Tensor, Tensor] | None,
+    *, epochs: int, batch_size: int, widths: tuple[int, ...], probe_size: int,
+) -> dict[str, np.ndarray]:
+    """Train runs of one placement and control together; see `train`. `key` says what was computed, for the cache."""
+    torch.set_num_threads(1)
+    x_train, y_train = data.x_train, data.y_train
+    n_runs, n = len(runs), len(x_train)
+    gammas = torch.tensor([run.gamma for run in runs], dtype=torch.float64)
+    rates = torch.tensor([run.lr for run in runs], dtype=torch.float64)
+    placement, control, gated = runs[0].placement, runs[0].control, bool(gammas.any())
+    orders, shuffles = [_stream(run.seed, 1) for run in runs], [_stream(run.seed, 2) for run in runs]
+    parameters = _stacked_parameters(runs, widths, x_train.dtype)
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
+    probe = x_train[:probe_size].expand(n_runs, -1, -1), y_train[:probe_size].expand(n_runs, -1)
+    first_gates, step, log = None, 0, {name: [] for name in ("step_loss", "probe_loss", *Curves.EPOCH_CURVES)}
+
+    for _ in range(epochs):
+        order = torch.stack([torch.randperm(n, generator=generator) for generator in orders])  # [R, n]
+        for batch in order.split(batch_size, dim=1):  # [R, B]
+            step += 1
+            with torch.enable_grad():
+                inputs, outputs = _forward(parameters, x_train[batch])
+                losses = _losses(outputs[-1], y_train[batch])  # [R]
+                # Runs do not interact, so the gradient of the summed loss is every run's own.
+                errors = torch.autograd.grad(losses.sum(), outputs)  # Δ, [R, B, out] a layer
+            layers = list(zip(inputs, errors, strict=True))
+            gradients = [s for a, delta in layers for s in factored_sums(a, delta, lambda t: t)]
+            gates = None
+            if gated:
+                sign_sums = [s for a, delta in layers for s in factored_sums(a, delta, torch.sign)]
+                gates = [power_gate(s, batch.shape[1], gammas) for s in sign_sums]
+                first_gates = first_gates or gates
+                gates = _controlled(gates, control, first_gates, shuffles)
+                if placement == "before":
+                    gradients, gates = [g * gate for g, gate in zip(gradients, gates, strict=True)], None
+            adam_step_(parameters, gradients, moments, rates, step, gates)
+            log["step_loss"].append(losses.detach())
+            if probe_size:
+                with torch.no_grad():
+                    log["probe_loss"].append(_losses(_forward(parameters, probe[0])[1][-1], probe[1]))
+        for part, x, y in (("train", x_train, y_train), ("valid", *data[2:4]), ("test", *data[4:6])):
+            loss, accuracy = _evaluate(parameters, x, y)
+            log[f"{part}_loss"].append(loss)
+            log[f"{part}_accuracy"].append(accuracy)
+
+    curves = {name: torch.stack(rows, 1).numpy() if rows else np.empty((n_runs, 0)) for name, rows in log.items()}
+    fresh_loss, fresh_accuracy = _evaluate(parameters, *fresh) if fresh else [torch.full((n_runs,), math.nan)] * 2
+    return curves | {"fresh_loss": fresh_loss.numpy(), "fresh_accuracy": fresh_accuracy.numpy()}
+
+
+def _source_of(function: Callable, seen: set[str] | None = None) -> str:
+    """The source of a function and of all in this module that it uses: what a cached result depends on."""
+    seen = set() if seen is None else seen
+    parts = [inspect.getsource(function)]
+    names = set(itertools.chain.from_iterable(code.co_names for code in _codes(function)))
+    for name in sorted(names & globals().keys() - seen):
+        value = globals()[name]
+        seen.add(name)
+        if callable(value) and getattr(value, "__module__", None) == __name__:
+            parts.append(_source_of(inspect.unwrap(value), seen))
+        elif isinstance(value, int | float | str | tuple):
+            parts.append(f"{name} = {value!r}")
+    return "\n".join(parts)
+
+
+def _codes(function: Any) -> Iterator[Any]:
+    """The code objects of a function, or of a class's methods, with those nested in them."""
+    functions = vars(function).values() if inspect.isclass(function) else [function]
+    pending = [f.__code__ for f in functions if inspect.isfunction(f)]
+    while pending:
+        code = pending.pop()
+        yield code
+        pending += [constant for constant in code.co_consts if inspect.iscode(constant)]
+
+
+def train(
+    runs: Iterable[Run],
+    data: Dataset,
+    *,
+    epochs: int = 50,
+    batch_size: int = 128,
+    widths: Sequence[int] = (40, 128, 128, 10),
+    probe_size: int = 0,
+    fresh: tuple[Tensor, Tensor] | None = None,
+    stack_size: int = 8,
+    n_jobs: int = -1,
+    cache: str | os.PathLike | None = None,
+    progress: str | None = None,
+) -> Curves:
+    """Train multi-layer perceptrons with Adam and SGSC, many runs at once, and return their `Curves` in order of `runs`.
+
+    Up to `stack_size` runs are stacked on a leading axis and trained together on one thread, stacks in parallel on
+    `n_jobs` processes (-1: one a core). Run r gives the same numbers, bit for bit, alone and in any stack: it has its own
+    generators for its initial weights and its batches. The last batch of an epoch may be smaller, as with a DataLoader.
+
+    `probe_size` > 0 also records the loss of the first `probe_size` training rows after every step. `fresh` is a sample
+    (x [N, in], y [N]) on which the final models are evaluated. `cache` is a folder: a stack computed before by the same
+    code on the same data is read from it instead. `progress` is a label under which stacks done and time left are
+    printed to stderr. Raises TypeError or ValueError, naming the parameter, before any training.
+    """
+    runs = list(runs)
+    if not runs or not all(isinstance(run, Run) for run in runs):
+        raise TypeError(f"`runs` should be a non-empty list of Run. Found {runs[:3]!r}.")
+    widths = _check_widths(widths)
+    if (widths[0], widths[-1] > int(data.y_train.max())) != (data.x_train.shape[1], True):
+        raise ValueError(f"`widths` should start with {data.x_train.shape[1]}, the number of features, and end with at "
+                         f"least {int(data.y_train.max()) + 1}, the number of classes. Found {widths}.")
+    settings = {
+        "epochs": check("epochs", epochs, int, low=1),
+        "batch_size": check("batch_size", batch_size, int, low=1, high=len(data.x_train)),
+        "widths": widths,
+        "probe_size": check("probe_size", probe_size, int, low=0, high=len(data.x_train)),
+    }
+    check("stack_size", stack_size, int, low=1)
+    groups: dict[Any, list[int]] = {}  # a stack shares placement and control; without a gate neither matters
+    for r, run in enumerate(runs):
+        groups.setdefault((run.placement, run.control) if run.gamma else None, []).append(r)
+    stacks = [group[i : i + stack_size] for group in groups.values() for i in range(0, len(group), stack_size)]
+
+    compute = _train_stack
+    if cache is not None:
+        os.makedirs(cache, mode=0o700, exist_ok=True)
+        compute = joblib.Memory(cache, verbose=0).cache(_train_stack, ignore=["runs", "data", "fresh"])
+    made_by = [hashlib.sha256(_source_of(_train_stack).encode()).hexdigest(), sha256_of(*data), torch.__version__]
+    made_by.append(sha256_of(*fresh) if fresh else None)
+
+    def job(stack: list[int]) -> Any:
+        stacked = [runs[r] for r in stack]
+        key = json.dumps([made_by, [asdict(run) for run in stacked]])
+        return joblib.delayed(compute)(key, stacked, data, fresh, **settings)
+
+    n_workers = min(joblib.effective_n_jobs(n_jobs), len(stacks))
+    threads = torch.get_num_threads()
+    try:
+        results = joblib.Parallel(n_jobs=n_workers, return_as="generator")(map(job, stacks))
+        results = list(_with_progress(results, len(stacks), progress))
+    finally:
+        torch.set_num_threads(threads)
+    back = np.argsort(np.concatenate(stacks))
+    return Curves(runs, **{name: np.concatenate([result[name] for result in results])[back] for name in results[0]})
+
+
+def _with_progress(items: Iterable, total: int, label: str | None) -> Iterator:
+    """Pass `items` on, printing how many are done and about how long the rest takes, a flushed line every 10 seconds."""
+    start = last = time.monotonic()
+    for done, item in enumerate(items, 1):
+        now = time.monotonic()
+        if label and (now - last > 10 or done == total):
+            left = (now - start) / done * (total - done)
+            print(f"  {label}: {done}/{total} stacks, {now - start:.0f} s so far, about {left:.0f} s left",
+                  file=sys.stderr, flush=True)
+            last = now
+        yield item
+
+
+# ======================================================================================================================
+# Measures
+# ======================================================================================================================
+
+
+def smoothness(loss: Any, *, window: int = 25, spike_threshold: float = 5.0) -> dict[str, np.ndarray]:
+    """Smoothness measures of loss curves [..., T], each [...], NaN where a curve is not finite.
+
+    - `total_rise`: Σ max(0, L_t − L_{t−1}), in units of the loss; 0 for a falling curve.
+    - `upward_share`: the fraction of steps that rise.
+    - `normalised_total_variation`: Σ|L_t − L_{t−1}| / (L_0 − L_{T−1}); 1 for a falling curve, NaN without a net fall.
+    - `roughness`: mean squared second difference of log L; NaN where the loss is not positive.
+    - `spike_count`: steps above the median of the `window` around them by `spike_threshold` robust deviations
+      (1.4826 × the median absolute deviation in the same window); whole windows only, 0 for a monotone curve.
+    - `lag1_autocorrelation`: of the changes L_t − L_{t−1}; negative where the loss oscillates from step to step.
+
+    Raises ValueError for fewer than 4 points or an even window.
+    """
+    loss = np.asarray(loss, dtype=np.float64)
+    if loss.ndim == 0 or loss.shape[-1] < 4:
+        raise ValueError(f"`loss` should be [..., T] with T ≥ 4. Found shape {loss.shape}.")
+    if check("window", window, int, low=3) % 2 == 0:
+        raise ValueError(f"`window` should be odd. Found {window}.")
+    check("spike_threshold", spike_threshold, float, low=0.0)
+    finite = np.isfinite(loss).all(-1)
+    safe = np.where(finite[..., None], loss, 1.0)
+    change = np.diff(safe)
+    fall = safe[..., 0] - safe[..., -1]
+    positive = (safe > 0).all(-1)
+    centred = change - change.mean(-1, keepdims=True)
+    variance = (centred**2).sum(-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        measures = {
+            "total_rise": np.maximum(change, 0).sum(-1),
+            "upward_share": (change > 0).mean(-1),
+            "normalised_total_variation": np.where(fall > 0, np.abs(change).sum(-1) / fall, np.nan),
+            "roughness": (np.diff(np.log(np.where(positive[..., None], safe, np.nan)), n=2) ** 2).mean(-1),
+            "spike_count": _spikes(safe, window, spike_threshold).sum(-1).astype(float),
+            "lag1_autocorrelation": (centred[..., 1:] * centred[..., :-1]).sum(-1) / variance,
+        }
+    return {name: np.where(finite, value, np.nan) for name, value in measures.items()}
+
+
+def _spikes(loss: np.ndarray, window: int, threshold: float) -> np.ndarray:
+    """[..., T] -> bool [..., T − window + 1]: which points with a whole window around them are spikes."""
+    if loss.shape[-1] < window:
+        return np.zeros((*loss.shape[:-1], 0), dtype=bool)
+    windows = np.lib.stride_tricks.sliding_window_view(loss, window, axis=-1)  # [..., T - window + 1, window]
+    deviation = scipy.stats.median_abs_deviation(windows, axis=-1, scale="normal")
+    centre = np.median(windows, axis=-1)
+    return loss[..., window // 2 : loss.shape[-1] - window // 2] > centre + threshold * deviation
+
+
+class PairedComparison(NamedTuple):
+    """What `compare_paired` found about a − b; the fields in the order in which a table shows them."""
+
+    n: int
+    mean_difference: float
+    ci_low: float  # 95 % t interval
+    ci_high: float
+    ci90_low: float  # 90 % t interval: inside ± margin is equivalence (two one-sided tests at 5 %)
+    ci90_high: float
+    p: float
+    probability_greater: float  # P(a > b), ties counted half
+    probability_low: float
+    probability_high: float
+    effect_size: float
+    correlation: float
+    margin: float
+    verdict: str
+
+
+def compare_paired(a: Any, b: Any, *, margin: float) -> PairedComparison:
+    """Compare paired values a[k], b[k] (same seed), where more is better, against the smallest difference that matters.
+
+    - mean difference a − b with 95 % and 90 % t intervals;
+    - `p` of the two-sided sign-flip permutation test of no difference: all 2ⁿ flips to n = 13, 9,999 random ones beyond;
+    - P(a > b) with a 95 % Wilson interval whose lower end counts ties as losses and upper end as wins;
+    - `effect_size`: mean difference in standard deviations of the difference (Cohen's d_z); the pair correlation;
+    - `verdict`, in this order: "equivalent" where the 90 % interval lies inside ± `margin` (Schuirmann 1987), "better"
+      or "worse" where the 95 % interval lies above or below 0, else "inconclusive".
+
+    For a measure where less is better, negate both. Raises ValueError for unequal or short input, for a value that is
+    not finite (a diverged run must be given a value openly, not dropped), and for a margin that is not positive.
+    """
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a.ndim != 1 or a.shape != b.shape or len(a) < 2:
+        raise ValueError(f"`a` and `b` should be equally long, with at least 2 pairs. Found {a.shape} and {b.shape}.")
+    if bad := int((~np.isfinite(a) | ~np.isfinite(b)).sum()):
+        raise ValueError(f"`a` and `b` should be finite. Found {bad} pairs that are not: give diverged runs a value.")
+    if check("margin", margin, float) <= 0:
+        raise ValueError(f"`margin` should be > 0. Found {margin!r}.")
+    difference, n = a - b, len(a)
+    mean, deviation = float(difference.mean()), float(difference.std(ddof=1))
+    half95, half90 = (float(scipy.stats.t.ppf(q, n - 1)) * deviation / math.sqrt(n) for q in (0.975, 0.95))
+    p = scipy.stats.permutation_test(
+        (difference,), lambda d, axis: np.abs(d.mean(axis)), permutation_type="samples", vectorized=True,
+        n_resamples=9_999, alternative="greater", rng=np.random.default_rng(0),
+    ).pvalue if difference.any() else 1.0
+    wins, ties = int((difference > 0).sum()), int((difference == 0).sum())
+    wilson = [scipy.stats.binomtest(k, n).proportion_ci(method="wilson") for k in (wins, wins + ties)]
+    varied = a.std() > 0 and b.std() > 0
+    if -margin < mean - half90 and mean + half90 < margin:
+        verdict = "equivalent"
+    elif abs(mean) > half95:
+        verdict = "better" if mean > 0 else "worse"
+    else:
+        verdict = "inconclusive"
+    return PairedComparison(
+        n, mean, mean - half95, mean + half95, mean - half90, mean + half90, float(p),
+        (wins + ties / 2) / n, float(wilson[0].low), float(wilson[1].high),
+        mean / deviation if deviation else math.copysign(math.inf, mean) if mean else 0.0,
+        float(np.corrcoef(a, b)[0, 1]) if varied else math.nan, margin, verdict,
+    )
+
+
+# ======================================================================================================================
+# Results, tables and figures
+# ======================================================================================================================
+
+
+def results_folder(results: str) -> Path:
+    """The folder for a notebook's results, made if need be; a relative path counts from the project's root."""
+    folder = ROOT / check("results", results, str)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_table(frame: pd.DataFrame, path: Path) -> None:
+    """Write a CSV whole or not at all: beside its place, then moved into it. Floats keep every digit."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    frame.to_csv(beside, index=False)
+    os.replace(beside, path)
+
+
+def read_table(path: str | os.PathLike, *, made_by: str) -> pd.DataFrame:
+    """Read a CSV that another notebook made; where it is missing, the error names the command that makes it."""
+    path = ROOT / path
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there yet: notebook {made_by} makes it. Run: python report/build.py --only {made_by}")
+    return pd.read_csv(path)
+
+
+def figure(fig: Any, label: str, *, caption: str, alt: str) -> None:
+    """Display a matplotlib figure as SVG with a caption and a written alternative, and close it.
+
+    `label` becomes the id `fig-<label>` that text refers to. Caption and alternative are escaped.
+    """
+    import matplotlib.pyplot as plt
+    from IPython.display import HTML, display
+
+    if not alt.strip() or not caption.strip():
+        raise ValueError(f"Figure {label!r} should have a caption and an alternative text. Found {caption!r} and {alt!r}.")
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(fig)
+    source = base64.b64encode(buffer.getvalue()).decode()
+    display(HTML(f'<figure id="fig-{html.escape(label)}"><img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,'
+                 f'{source}"><figcaption>{html.escape(caption)}</figcaption></figure>'))
+
+
+def table(frame: pd.DataFrame, label: str, *, caption: str, formats: Mapping[str, str] | None = None) -> None:
+    """Display a table with a caption; `formats` gives a format string a column, such as "{:.3f}". All text is escaped."""
+    from IPython.display import HTML, display
+
+    shown = frame.copy()
+    for column, pattern in (formats or {}).items():
+        shown[column] = [pattern.format(value) if pd.notna(value) else "–" for value in frame[column]]
+    body = shown.to_html(index=False, border=0, escape=True, na_rep="–")
+    display(HTML(f'<figure id="tbl-{html.escape(label)}" class="table"><figcaption>{html.escape(caption)}</figcaption>'
+                 f'<div class="scroll">{body}</div></figure>'))
