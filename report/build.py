@@ -1,0 +1,301 @@
+"""Build the report: run a profile's notebooks in order, then render them as one HTML file that opens offline.
+
+    python report/build.py                             the study itself (profile `full`): report/sgsc.html
+    python report/build.py --profile smoke             another profile: report/sgsc-smoke.html
+    python report/build.py --profile smoke --only 03   one notebook; the page too, if the others are up to date
+    python report/build.py --list                      profiles, notebooks and their parameters
+
+A profile is report/profiles/NAME.yaml, lines of `notebook: {parameter: value}` in the order to run, all checked before
+anything runs. papermill writes the executed notebooks to report/executed/NAME/; they write their raw results to
+report/results/NAME/, where manifest.json says what was run, with what, and how long it took. The page comes last and in
+one step: a build that fails leaves the previous page as it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import re
+import signal
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import yaml
+from nbclient.exceptions import DeadKernelError
+from page import BuildError, duration, render
+from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = ROOT / "sgsc_lib.py"
+KERNEL = Config({"KernelManager": {"transport_encryption": "auto"}})  # no other user of the machine can listen in
+TYPES = {"int": int, "float": float, "str": str, "bool": bool}
+WORDS = {"int": "an int", "float": "a finite float", "str": "a non-empty str", "bool": "a bool"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a profile's files are, below the root of a repository."""
+
+    profile: str
+    root: Path = ROOT
+
+    def __post_init__(self):
+        if self.profile not in profiles(self.root):
+            raise BuildError(f"There is no profile {self.profile!r}. There are: {', '.join(profiles(self.root))}.")
+
+    def notebook(self, stem: str) -> Path:
+        return self.root / "notebooks" / f"{stem}.ipynb"
+
+    def executed(self, stem: str) -> Path:
+        return self.root / "report/executed" / self.profile / f"{stem}.ipynb"
+
+    @property
+    def results(self) -> Path:
+        return self.root / "report/results" / self.profile
+
+    @property
+    def page(self) -> Path:
+        return self.root / "report" / ("sgsc.html" if self.profile == "full" else f"sgsc-{self.profile}.html")
+
+
+def profiles(root: Path) -> list[str]:
+    return sorted(path.stem for path in (root / "report/profiles").glob("*.yaml"))
+
+
+def notebooks(root: Path) -> list[str]:
+    return sorted(path.stem for path in (root / "notebooks").glob("*.ipynb"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The profile, checked before anything runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def coerce(value: Any, kind: str) -> Any:
+    """Return `value` as the declared type `kind`; ValueError says what it should be instead."""
+    if kind.startswith("list[") and kind[5:-1] in TYPES:
+        if not isinstance(value, list) or not value:
+            raise ValueError(f"should be a non-empty {kind}. Found {value!r}.")
+        return [coerce(item, kind[5:-1]) for item in value]
+    if kind not in TYPES:
+        raise ValueError(f"should be declared as {', '.join(TYPES)} or a list[...] of one. Found {kind}.")
+    found = value
+    if kind == "float" and type(value) in (int, str):
+        with suppress(ValueError):
+            value = float(value)  # YAML 1.1 reads 1e-3 as a string
+    if type(value) is not TYPES[kind] or value == "" or (kind == "float" and not math.isfinite(value)):
+        raise ValueError(f"should be {WORDS[kind]}. Found {found!r}.")
+    return value
+
+
+def read_profile(place: Place) -> dict[str, dict[str, Any]]:
+    """Return `{notebook: {parameter: value}}` in the order to run; BuildError lists all that is wrong with it."""
+    path = f"report/profiles/{place.profile}.yaml"
+    try:
+        profile = yaml.safe_load((place.root / path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise BuildError(f"{path} is not YAML: {error}") from None
+    if not isinstance(profile, dict) or not all(isinstance(given, dict | None) for given in profile.values()):
+        raise BuildError(f"{path} should be lines of `notebook: {{parameter: value}}`. Found {profile!r}.")
+    plan, problems = {}, []
+    for stem, given in profile.items():
+        if stem not in notebooks(place.root):
+            problems.append(f"{path}: there is no notebook {stem!r}. There are: {', '.join(notebooks(place.root))}.")
+            continue
+        plan[stem], declared = {}, papermill.inspect_notebook(place.notebook(stem))
+        for name, value in (given or {}).items():
+            try:
+                if name == "results":
+                    raise ValueError("is set by build.py. Leave it out.")
+                if name not in declared:
+                    raise ValueError(f"is not a parameter of this notebook. It has: {', '.join(declared) or 'none'}.")
+                plan[stem][name] = coerce(value, declared[name]["inferred_type_name"])
+            except ValueError as error:
+                problems.append(f"{path}, {stem}: `{name}` {error}")
+        if "results" in declared:
+            plan[stem]["results"] = place.results.relative_to(place.root).as_posix()
+    if problems:
+        raise BuildError("\n".join(problems))
+    return plan
+
+
+def list_all(root: Path) -> str:
+    """Return the text of --list: the profiles, and each notebook's parameters with what every profile gives them."""
+    plans = {name: read_profile(Place(name, root)) for name in profiles(root)}
+    lines = [f"profiles: {', '.join(plans)}"]
+    for stem in notebooks(root):
+        lines += ["", stem]
+        for name, declared in papermill.inspect_notebook(root / "notebooks" / f"{stem}.ipynb").items():
+            lines.append(f"    {name}: {declared['inferred_type_name']} = {declared['default']}  # {declared['help']}")
+            given = {profile: plan[stem][name] for profile, plan in plans.items() if name in plan.get(stem, {})}
+            lines += [f"        {profile}: {value}" for profile, value in given.items()]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running, and the manifest that says what was run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def fingerprint(place: Place, stem: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return what a notebook's results depend on: one that ran with another fingerprint is out of date."""
+    return {"parameters": parameters, "sha256": sha256(place.notebook(stem)), "library_sha256": sha256(LIBRARY)}
+
+
+def run_notebook(place: Place, stem: str, parameters: dict[str, Any]) -> None:
+    """Run one notebook with this interpreter's kernel; BuildError names the cell that failed."""
+    output = place.executed(stem)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(
+            place.notebook(stem), output, parameters, kernel_name="python3", progress_bar=False,
+            cwd=place.root, stdout_file=sys.stdout, stderr_file=sys.stderr, config=KERNEL,
+        )  # fmt: skip
+    except (PapermillExecutionError, DeadKernelError) as error:
+        cells = [cell for cell in nbformat.read(output, as_version=4).cells if "papermill" in cell.metadata]
+        ran = [cell for cell in cells if cell.metadata.papermill.get("start_time")]  # the last of them failed
+        number = sum("injected-parameters" not in cell.metadata.get("tags", []) for cell in ran)
+        if isinstance(error, DeadKernelError):
+            what = "the kernel died (out of memory, or a crash in compiled code)."
+        else:
+            what = f"{error.ename}: {error.evalue}"
+            print(error, file=sys.stderr)  # the traceback
+        raise BuildError(f"{stem}, cell {number}: {what}\nThe notebook as far as it came: {output}") from None
+
+
+def read_manifest(place: Place) -> dict[str, Any]:
+    path = place.results / "manifest.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"notebooks": {}}
+
+
+def raw_results(place: Place) -> list[Path]:
+    """Return the CSV and JSON files in the profile's results folder, but for the manifest."""
+    files = [*place.results.glob("*.csv"), *place.results.glob("*.json")]
+    return sorted(path for path in files if path.name != "manifest.json")
+
+
+def write_manifest(place: Place, ran: dict[str, Any]) -> dict[str, Any]:
+    """Write and return manifest.json: what made the results that lie beside it."""
+    import torch
+
+    from sgsc_lib import DATA_SHA256
+
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    needs = [need for need in importlib.metadata.requires("sgsc") or [] if "extra ==" not in need]
+    packages = sorted(re.split(r"[^\w.-]", need)[0] for need in needs)
+    started = min(entry["started"] for entry in ran.values())
+    fresh = datetime.fromisoformat(started).timestamp()
+    manifest = {
+        "profile": place.profile,
+        "started": started,
+        "finished": now(),
+        "seconds": round(sum(entry["seconds"] for entry in ran.values()), 1),
+        "library_sha256": sha256(LIBRARY),
+        "data_sha256": DATA_SHA256,
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cpu": model[1] if model else platform.processor(),
+            "cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
+        },
+        "notebooks": ran,
+        "results": {path.name: sha256(path) for path in raw_results(place) if path.stat().st_mtime >= fresh},
+    }
+    place.results.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(manifest, indent=2, ensure_ascii=False)
+    (place.results / "manifest.json").write_text(text + "\n", encoding="utf-8")
+    return manifest
+
+
+def build(profile: str, only: str | None = None, root: Path = ROOT) -> Path | None:
+    """Run a profile's notebooks (or the `only` one) and write its page; None: a notebook is still out of date."""
+    os.environ["JUPYTER_PATH"] = f"{sys.prefix}/share/jupyter"  # so that `python3` is this interpreter's kernel
+    place = Place(profile, root)
+    plan = read_profile(place)
+    todo = [stem for stem in plan if stem.startswith(only or "")]
+    if only and len(todo) != 1:
+        raise BuildError(f"--only should be the start of one notebook's name: {', '.join(plan)}. Found {only!r}.")
+    previous = read_manifest(place)["notebooks"]
+    ran = {stem: entry for stem, entry in previous.items() if only and stem in plan}
+    begin = time.monotonic()
+    for k, stem in enumerate(todo, 1):
+        expected = [previous.get(later, {}).get("seconds") for later in todo[k - 1 :]]
+        left = "" if None in expected else f", about {duration(sum(expected))} left"
+        print(f"[{k}/{len(todo)}] {stem}: {duration(time.monotonic() - begin)} so far{left}", flush=True)
+        ran.pop(stem, None)
+        started, start = now(), time.monotonic()
+        run_notebook(place, stem, plan[stem])
+        seconds = round(time.monotonic() - start, 1)
+        ran[stem] = {**fingerprint(place, stem, plan[stem]), "started": started, "seconds": seconds}
+        manifest = write_manifest(place, {name: ran[name] for name in plan if name in ran})
+        print(f"[{k}/{len(todo)}] {stem}: done in {duration(seconds)}", flush=True)
+    for stem in plan:
+        current = fingerprint(place, stem, plan[stem])
+        if {key: ran.get(stem, {}).get(key) for key in current} != current or not place.executed(stem).exists():
+            print(f"No page yet: {stem} has to run with its present source, parameters and sgsc_lib.py first.")
+            return None
+    for path in raw_results(place):
+        if path.name not in manifest["results"]:
+            print(f"{path} is older than this run: no notebook writes it, and the page leaves it out.", file=sys.stderr)
+    data = [place.results / name for name in [*manifest["results"], "manifest.json"]]
+    html = render({stem: place.executed(stem) for stem in plan}, manifest, data)
+    beside = place.page.with_suffix(".html.part")
+    beside.write_text(html, encoding="utf-8")
+    os.replace(beside, place.page)
+    print(f"{place.page}: {len(html.encode()) / 1e6:.2f} MB")
+    return place.page
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
+    """The command line; returns the exit code: 0 done, 1 failed, 130 interrupted."""
+    summary, details = __doc__.split("\n\n", 1)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=raw)
+    parser.add_argument("--profile", default="full", help="which report/profiles/NAME.yaml to build (default: full)")
+    parser.add_argument("--only", metavar="NOTEBOOK", help="run only this notebook, given by the start of its name")
+    parser.add_argument("--list", action="store_true", help="list profiles, notebooks and their parameters, and stop")
+    options = parser.parse_args(argv)
+    try:
+        if options.list:
+            print(list_all(root))
+        else:
+            build(options.profile, options.only, root)
+    except BuildError as error:
+        print(f"build.py: {error}\nThe previous page is left as it was.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # the interrupted cell's own traceback tells nothing
+        print("\nbuild.py: interrupted. The previous page is left as it was.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the kernel too, as Ctrl-C does
+    sys.exit(main())
