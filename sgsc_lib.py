@@ -299,9 +299,10 @@ def _sign_sum(per_sample: Tensor) -> Tensor:
     return per_sample.sign().sum(0, dtype=torch.float32)
 
 
-def _chunks(batch_size: int, entries: int) -> Iterator[slice]:
-    size = max(1, CHUNK_ELEMENTS // max(1, entries))
-    return (slice(start, start + size) for start in range(0, batch_size, size))
+def _chunks(inputs: Tensor, errors: Tensor, entries: int) -> Iterator[slice]:
+    """Cut the batch so that neither the `entries` of a sample's gradient nor its activations exceed CHUNK_ELEMENTS."""
+    size = max(1, CHUNK_ELEMENTS // max(1, entries, inputs[0].numel(), errors[0].numel()))
+    return (slice(start, start + size) for start in range(0, len(inputs), size))
 
 
 def linear_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -315,7 +316,7 @@ def linear_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[str, 
         return {"weight": (weight, (rows * a.count_nonzero(1)).sum()), "bias": (bias, rows.sum())}
     weight = torch.zeros_like(module.weight, dtype=torch.float32)
     active = torch.zeros((), dtype=torch.int64, device=weight.device)
-    for part in _chunks(len(inputs), weight.numel()):
+    for part in _chunks(inputs, errors, weight.numel()):
         gradients = errors[part].mT @ inputs[part].to(errors.dtype)  # [b, out, in]
         weight += _sign_sum(gradients)
         active += gradients.count_nonzero()
@@ -326,7 +327,7 @@ def linear_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[str, 
 def embedding_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Rule for `nn.Embedding`: the errors of one token in one sample add up before the sign is taken, so memory is one
     row for each distinct (sample, token) pair, never B × the vocabulary."""
-    tokens = inputs.flatten(1)  # [B, T]
+    tokens = inputs.reshape(len(inputs), -1)  # [B, T]
     samples = torch.arange(len(tokens), device=tokens.device).unsqueeze(1)
     pairs, where = (samples * module.num_embeddings + tokens).unique(return_inverse=True)  # [Q], [B, T]
     gradients = errors.new_zeros(len(pairs), errors.shape[-1])
@@ -341,9 +342,12 @@ def embedding_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[st
 
 def per_sample_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Rule for any layer that maps one tensor to one tensor, sample by sample: the layer's own per-sample gradients,
-    by vmap, a chunk at a time. `SGSC.rules[MyLayer] = per_sample_rule` makes it serve a layer of one's own."""
-    parameters = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
-    rest = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad} | dict(module.named_buffers())
+    by vmap, a chunk at a time. `SGSC.rules[MyLayer] = per_sample_rule` makes it serve a layer of one's own. It covers the
+    parameters that the layer itself owns; the layers inside it need rules of their own."""
+    parameters = {name: p.detach() for name, p in module.named_parameters(recurse=False) if p.requires_grad}
+    rest = {name: p.detach() for name, p in module.named_parameters() if name not in parameters} | dict(module.named_buffers())
+    if inputs.is_floating_point():  # under autocast a layer casts its input itself; here it is off
+        inputs = inputs.to(next(iter(parameters.values())).dtype)
 
     def inner_product(parameters: dict[str, Tensor], a: Tensor, delta: Tensor) -> Tensor:
         output = torch.func.functional_call(module, parameters | rest, (a.unsqueeze(0),))
@@ -352,7 +356,7 @@ def per_sample_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[s
     gradient = torch.func.vmap(torch.func.grad(inner_product), in_dims=(None, 0, 0), randomness="different")
     sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
     active = {name: torch.zeros((), dtype=torch.int64, device=p.device) for name, p in parameters.items()}
-    for part in _chunks(len(inputs), sum(p.numel() for p in parameters.values())):
+    for part in _chunks(inputs, errors, sum(p.numel() for p in parameters.values())):
         for name, per_sample in gradient(parameters, inputs[part], errors[part]).items():
             sums[name] += _sign_sum(per_sample)
             active[name] += per_sample.count_nonzero()
@@ -496,8 +500,12 @@ class SGSC:
             self._samples += this.rows
             self._reduced = None
         with torch.no_grad(), torch.autocast(errors.device.type, enabled=False):
-            for key, (sign_sum, active) in self.rules[type(module)](module, inputs, errors).items():
-                full = f"{name}.{key}" if name else key
+            found = self.rules[type(module)](module, inputs, errors)
+            for key in (key for key, p in self._owned(module).items() if p.requires_grad):
+                if key not in found:
+                    raise KeyError(f"The rule for '{name}' ({type(module).__name__}) should cover {key!r}. "
+                                   f"Found {sorted(found)}.")
+                full, (sign_sum, active) = f"{name}.{key}" if name else key, found[key]
                 if full in self._sums:
                     self._sums[full] += sign_sum
                     self._active[full] += active
