@@ -473,7 +473,7 @@ class SGSC:
             where = f"'{name}' ({type(module).__name__})"
             if len(tensors) != 1 or not isinstance(output, Tensor):
                 raise ValueError(f"{where} should map one tensor to one tensor. Found {len(tensors)} tensor inputs.")
-            inputs = tensors[0].detach()
+            inputs, held = tensors[0], [tensors[0].detach()]
             this = self._pass if self._pass and not self._pass.counted else self._start_pass(len(inputs))
             if name in this.layers:
                 raise ValueError(f"{where} should be used once in a forward pass. Found a second use: a sample's gradient "
@@ -484,15 +484,16 @@ class SGSC:
                 raise ValueError(f"{where} should see the batch's {this.rows} samples along its first axis. Found an input "
                                  f"of shape {tuple(inputs.shape)}.")
             this.layers[name] = False
-            output.register_hook(lambda errors: self._on_errors(this, name, module, inputs, errors.detach()))
+            output.register_hook(lambda errors: self._on_errors(this, name, module, held, errors.detach()))
 
         return on_layer
 
-    def _on_errors(self, this: _Pass, name: str, module: nn.Module, inputs: Tensor, errors: Tensor) -> None:
+    def _on_errors(self, this: _Pass, name: str, module: nn.Module, held: list[Tensor], errors: Tensor) -> None:
         if this is not self._pass or this.layers[name]:
             raise RuntimeError("SGSC needs one backward pass for each forward pass, before the next forward pass: else a "
                                "sample's gradient is a sum over passes. Evaluate under torch.no_grad().")
         this.layers[name] = True
+        inputs = held.pop()  # popped, so that a loss that is kept does not keep every layer's input with it
         if not this.counted:  # the first layer reached by this backward pass
             this.counted = True
             if self._gated or all(p.grad is None for p in self._parameters().values()):
