@@ -400,10 +400,12 @@ class SGSC:
         self._refuse_unsupported()
         self._pass: _Pass | None = None  # the forward pass under way
         self._start_statistic()
-        self._hooks: list[Any] = [model.register_forward_pre_hook(self._on_model, prepend=True, with_kwargs=True)]
+        # prepend=True: another hook may replace the output, and the rules need the layer's own.
+        self._hooks: list[Any] = [model.register_forward_pre_hook(self._model_hook(), prepend=True, with_kwargs=True)]
         for name, module in model.named_modules():
             if self._owned(module) and type(module) in self.rules:
-                self._hooks.append(module.register_forward_hook(self._layer_hook(name, module), with_kwargs=True))
+                hook = self._layer_hook(name, module)
+                self._hooks.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
 
     # -- what can't be gated exactly is refused, by name and with the way out ------------------------------------------
 
@@ -454,31 +456,39 @@ class SGSC:
         self._pass = _Pass(rows)
         return self._pass
 
-    @torch.compiler.disable
-    def _on_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.ndim), None)
-        if first is not None and torch.is_grad_enabled() and not _in_functional_transform(first):
-            self._start_pass(len(first))
-        elif first is None:
-            self._pass = None  # the first layer tells how many samples there are
+    def _model_hook(self) -> Callable:
+        @torch.compiler.disable
+        def on_model(called: nn.Module, args: tuple, kwargs: dict) -> None:
+            if called is not self._model or not _is_training_pass():
+                return
+            first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.ndim), None)
+            if first is None:
+                self._pass = None  # the first layer tells how many samples there are
+            else:
+                self._start_pass(len(first))
+
+        return on_model
 
     def _layer_hook(self, name: str, module: nn.Module) -> Callable:
         @torch.compiler.disable
-        def on_layer(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-            if not torch.is_grad_enabled() or any(map(_in_functional_transform, tensors)):
+        def on_layer(called: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            if called is not module or not _is_training_pass():
                 return
             if not any(p.requires_grad for p in self._owned(module).values()):
                 return
             where = f"'{name}' ({type(module).__name__})"
+            if torch._C._current_graph_task_id() != -1:  # a backward pass is under way
+                raise ValueError(f"{where} should run in the forward pass only. Found it run again in the backward pass, by "
+                                 "activation checkpointing: take that off, or use per_sample_gradients.")
+            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
             if len(tensors) != 1 or not isinstance(output, Tensor):
                 raise ValueError(f"{where} should map one tensor to one tensor. Found {len(tensors)} tensor inputs.")
             inputs, held = tensors[0], [tensors[0].detach()]
             this = self._pass if self._pass and not self._pass.counted else self._start_pass(len(inputs))
             if name in this.layers:
                 raise ValueError(f"{where} should be used once in a forward pass. Found a second use: a sample's gradient "
-                                 "would be a sum of outer products. Use per_sample_gradients; activation checkpointing, "
-                                 "which runs layers twice, is not covered.")
+                                 "would be a sum over the uses. Give each use a layer of its own, or use "
+                                 "per_sample_gradients.")
             least = 1 if isinstance(module, nn.Embedding) else 2
             if inputs.ndim < least or len(inputs) != this.rows:
                 raise ValueError(f"{where} should see the batch's {this.rows} samples along its first axis. Found an input "
@@ -629,9 +639,9 @@ class _Pass:
         self.layers: dict[str, bool] = {}
 
 
-def _in_functional_transform(tensor: Tensor) -> bool:
-    # vmap and grad of torch.func call the hooked modules too, on wrapped tensors: those calls are not training passes.
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+def _is_training_pass() -> bool:
+    # vmap and grad of torch.func call the hooked modules too: those calls are not training passes, nor is evaluation.
+    return torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None
 
 
 # ======================================================================================================================
