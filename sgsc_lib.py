@@ -506,10 +506,12 @@ class SGSC:
         inputs = held.pop()  # popped, so that a loss that is kept does not keep every layer's input with it
         if not this.counted:  # the first layer reached by this backward pass
             this.counted = True
-            if self._gated or all(p.grad is None for p in self._parameters().values()):
+            if self._gated or self._cleared():
                 self._start_statistic()
             self._samples += this.rows
             self._reduced = None
+        if not this.rows:  # an empty shard
+            return
         with torch.no_grad(), torch.autocast(errors.device.type, enabled=False):
             found = self.rules[type(module)](module, inputs, errors)
             for key in (key for key, p in self._owned(module).items() if p.requires_grad):
@@ -528,6 +530,11 @@ class SGSC:
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._model.named_parameters() if p.requires_grad}
 
+    def _cleared(self) -> bool:
+        """Whether the gradients were cleared: None, or all zero (`set_to_none=False`) although some sample's were not."""
+        gradients = [p.grad for p in self._parameters().values() if p.grad is not None]
+        return not gradients or (not any(g.any() for g in gradients) and any(self._active.values()))
+
     def _start_statistic(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._active: dict[str, Tensor] = {}
@@ -540,10 +547,8 @@ class SGSC:
         if self._reduced is None:
             zero = torch.zeros((), dtype=torch.int64)
             sums, active = {}, {}
-            for name, p in self._parameters().items():
-                if p.grad is not None and name not in self._sums and self._samples:
-                    raise RuntimeError(f"'{name}' has a gradient, but its module's forward was not seen: it is used "
-                                       "outside that module, or was frozen when SGSC was built.")
+            parameters = self._parameters()
+            for name, p in parameters.items():
                 sums[name] = self._sums.get(name, torch.zeros_like(p, dtype=torch.float32))
                 active[name] = self._active.get(name, zero.to(p.device))
             samples = torch.tensor(self._samples, device=next(iter(sums.values())).device if sums else None)
@@ -554,16 +559,24 @@ class SGSC:
                 for work in [dist.all_reduce(tensor, group=self._group, async_op=True) for tensor in tensors]:
                     work.wait()
             if not samples:
-                raise RuntimeError("No statistic yet: call loss.backward() first.")
+                raise RuntimeError("No statistic yet: call loss.backward() first. A model compiled and run before SGSC was "
+                                   "built runs without its hooks: build SGSC first, then compile.")
+            for name, p in parameters.items():
+                if name not in self._sums and p.grad is not None and not active[name] and p.grad.any():
+                    raise RuntimeError(f"'{name}' has a gradient, but its module's forward was not seen: it is used "
+                                       "outside that module, or was frozen when SGSC was built. Build SGSC anew, or use "
+                                       "per_sample_gradients.")
             self._reduced = sums, active, int(samples)
         return self._reduced
 
     def _gates(self) -> dict[str, Tensor]:
-        if self._gated:
+        gamma = check("gamma", self.gamma, float, low=0.0)
+        if self._gated and self._group is None:
             raise RuntimeError("This statistic was used already: call loss.backward() again before the next gate.")
+        if self._gated:  # this process had no batch since then, others may have: it takes part with no samples
+            self._start_statistic()
         sums, _, samples = self._statistic()
         self._gated = True
-        gamma = check("gamma", self.gamma, float, low=0.0)
         parameters = self._parameters()
         return {name: power_gate(s.to(_statistic_dtype(parameters[name])), samples, gamma) for name, s in sums.items()}
 
