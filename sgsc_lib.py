@@ -611,7 +611,8 @@ class SGSC:
         with torch.no_grad():
             for name, gate in gates.items():
                 p = parameters[name]
-                p.copy_(torch.lerp(before[name], p, gate.to(p.dtype)))
+                gate = gate.to(p.dtype)
+                p.copy_(torch.where(gate == 1, p, torch.lerp(before[name], p, gate)))  # lerp alone: ∞ and -0 change
 
     def summary(self) -> pd.DataFrame:
         """One tidy row a parameter: `parameter, entries, samples, mean, q05, q25, q50, q75, q95` of c; `share_zero`, the
