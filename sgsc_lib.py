@@ -31,6 +31,7 @@ import numbers
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -402,6 +403,7 @@ class SGSC:
         self._start_statistic()
         # prepend=True: another hook may replace the output, and the rules need the layer's own.
         self._hooks: list[Any] = [model.register_forward_pre_hook(self._model_hook(), prepend=True, with_kwargs=True)]
+        self._hooks.append(model.register_forward_hook(self._output_hook()))
         for name, module in model.named_modules():
             if self._owned(module) and type(module) in self.rules:
                 hook = self._layer_hook(name, module)
@@ -429,11 +431,13 @@ class SGSC:
                 refuse(name, module, "in training mode it couples the samples", "Call its eval(), or use GroupNorm")
             if any(nn.parameter.is_lazy(p) for p in owned.values()):
                 refuse(name, module, "its parameters are not initialised yet", "Run the model once first")
-            for parameter in owned.values():
+            if nn.utils.parametrize.is_parametrized(module) and any(p.requires_grad for p in module.parameters()):
+                refuse(name, module, "its weight is computed from other parameters", "Remove the parametrisation")
+            trainable = {key for key, p in owned.items() if p.requires_grad}
+            for parameter in (owned[key] for key in trainable):
                 if parameter in first_owner:
                     refuse(name, module, f"it shares a parameter with '{first_owner[parameter]}'", reference)
                 first_owner[parameter] = name
-            trainable = {key for key, p in owned.items() if p.requires_grad}
             if not trainable:
                 continue
             if type(module) not in self.rules:
@@ -441,7 +445,7 @@ class SGSC:
                 refuse(name, module, f"no rule for it, and it owns {sorted(trainable)}", f"{way_out}. {reference}")
             if any(not p.is_floating_point() for p in owned.values()):
                 refuse(name, module, "its parameters are not real floating-point numbers", reference)
-            if isinstance(module, nn.Linear | nn.Embedding) and not owned.keys() <= {"weight", "bias"}:
+            if _is_torchs_own(module) and not owned.keys() <= {"weight", "bias"}:  # the older weight_norm, spectral_norm
                 refuse(name, module, "its weight is computed from other parameters", "Remove the parametrisation")
             if isinstance(module, nn.Embedding) and (module.sparse or module.max_norm is not None):
                 refuse(name, module, "sparse gradients and max_norm are not covered", "Use sparse=False, max_norm=None")
@@ -469,6 +473,35 @@ class SGSC:
 
         return on_model
 
+    def _output_hook(self) -> Callable:
+        checked = False
+
+        @torch.compiler.disable
+        def on_output(called: nn.Module, _: tuple, output: Any) -> None:
+            nonlocal checked
+            if not checked and called is self._model and _is_training_pass():
+                self._refuse_second_uses(output)
+                checked = True  # the graph of the first training pass stands for all
+
+        return on_output
+
+    def _refuse_second_uses(self, output: Any) -> None:
+        """Refuse a weight that enters the graph twice, as with F.linear(h, embedding.weight): no hook sees that use."""
+        tensors = [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, Tensor)]
+        pending = {t.grad_fn for t in tensors if t.grad_fn is not None}
+        seen, uses = set(pending), Counter()
+        while pending:
+            for following, _ in pending.pop().next_functions:
+                if hasattr(following, "variable"):  # the graph's end at a parameter
+                    uses[following.variable] += 1
+                elif following is not None and following not in seen:
+                    seen.add(following)
+                    pending.add(following)
+        for name, module in self._model.named_modules():
+            if _is_torchs_own(module) and any(uses[p] > 1 for p in self._owned(module).values()):
+                raise ValueError(f"SGSC does not serve '{name}' ({type(module).__name__}): its parameters are used a second "
+                                 "time outside it. Give each use a layer of its own, or use per_sample_gradients.")
+
     def _layer_hook(self, name: str, module: nn.Module) -> Callable:
         @torch.compiler.disable
         def on_layer(called: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -489,10 +522,11 @@ class SGSC:
                 raise ValueError(f"{where} should be used once in a forward pass. Found a second use: a sample's gradient "
                                  "would be a sum over the uses. Give each use a layer of its own, or use "
                                  "per_sample_gradients.")
-            least = 1 if isinstance(module, nn.Embedding) else 2
+            least = {nn.Embedding: 1, nn.Conv1d: 3, nn.Conv2d: 4}.get(type(module), 2)
             if inputs.ndim < least or len(inputs) != this.rows:
-                raise ValueError(f"{where} should see the batch's {this.rows} samples along its first axis. Found an input "
-                                 f"of shape {tuple(inputs.shape)}.")
+                raise ValueError(f"{where} should see the batch's {this.rows} samples along its first axis. Found an "
+                                 f"input of shape {tuple(inputs.shape)}. Keep the batch in front, [{this.rows}, ...], in "
+                                 "every layer, and expand what all samples share.")
             this.layers[name] = False
             output.register_hook(lambda errors: self._on_errors(this, name, module, held, errors.detach()))
 
@@ -651,6 +685,10 @@ class _Pass:
 
     def __post_init__(self) -> None:
         self.layers: dict[str, bool] = {}
+
+
+def _is_torchs_own(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")
 
 
 def _is_training_pass() -> bool:
