@@ -214,23 +214,25 @@ def per_sample_gradients(
 ) -> dict[str, Tensor]:
     """Every sample's own gradient, by `torch.func.vmap(grad(...))`: the reference all else is tested against.
 
-    `x` is [B, ...], `y` is [B, ...]; the loss is called on batches of one. Returns {parameter name: [B, *shape]} for the
-    parameters that require a gradient. `chunk_size` bounds how many samples are differentiated at once. Works for any
-    model without coupling between samples; raises ValueError naming the module where there is such a coupling.
+    `x` is [B, ...], `y` is [B, ...]; the loss is called on batches of one. Returns {parameter name: [B, *shape]} for
+    the parameters that require a gradient. `chunk_size` bounds how many samples are differentiated at once. Works for
+    any model without coupling between samples; raises ValueError naming the module where there is such a coupling.
     """
     if coupled := _coupled(model):
         raise ValueError(f"`model` should treat samples independently. Found {coupled}: call model.eval() first.")
     if len(x) != len(y):
         raise ValueError(f"`y` should have as many rows as `x`, {len(x)}. Found {len(y)}.")
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    rest = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad} | dict(model.named_buffers())
+    rest = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+    rest |= dict(model.named_buffers())
 
     def loss(parameters: dict[str, Tensor], x_i: Tensor, y_i: Tensor) -> Tensor:
         output = torch.func.functional_call(model, parameters | rest, (x_i.unsqueeze(0),))
         return loss_fn(output, y_i.unsqueeze(0))
 
     gradient = torch.func.grad(loss)
-    return torch.func.vmap(gradient, in_dims=(None, 0, 0), chunk_size=chunk_size, randomness="different")(parameters, x, y)
+    batched = torch.func.vmap(gradient, in_dims=(None, 0, 0), chunk_size=chunk_size, randomness="different")
+    return batched(parameters, x, y)
 
 
 def sign_consistency(per_sample: Tensor | Mapping[str, Tensor]) -> Any:
@@ -343,10 +345,11 @@ def embedding_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[st
 
 def per_sample_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Rule for any layer that maps one tensor to one tensor, sample by sample: the layer's own per-sample gradients,
-    by vmap, a chunk at a time. `SGSC.rules[MyLayer] = per_sample_rule` makes it serve a layer of one's own. It covers the
-    parameters that the layer itself owns; the layers inside it need rules of their own."""
+    by vmap, a chunk at a time. `SGSC.rules[MyLayer] = per_sample_rule` makes it serve a layer of one's own. It covers
+    the parameters that the layer itself owns; the layers inside it need rules of their own."""
     parameters = {name: p.detach() for name, p in module.named_parameters(recurse=False) if p.requires_grad}
-    rest = {name: p.detach() for name, p in module.named_parameters() if name not in parameters} | dict(module.named_buffers())
+    rest = {name: p.detach() for name, p in module.named_parameters() if name not in parameters}
+    rest |= dict(module.named_buffers())
     if inputs.is_floating_point():  # under autocast a layer casts its input itself; here it is off
         inputs = inputs.to(next(iter(parameters.values())).dtype)
 
@@ -511,16 +514,16 @@ class SGSC:
                 return
             where = f"'{name}' ({type(module).__name__})"
             if torch._C._current_graph_task_id() != -1:  # a backward pass is under way
-                raise ValueError(f"{where} should run in the forward pass only. Found it run again in the backward pass, by "
-                                 "activation checkpointing: take that off, or use per_sample_gradients.")
+                raise ValueError(f"{where} should run in the forward pass only. Found it run again in the backward pass, "
+                                 "by activation checkpointing: take that off, or use per_sample_gradients.")
             tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
             if len(tensors) != 1 or not isinstance(output, Tensor):
                 raise ValueError(f"{where} should map one tensor to one tensor. Found {len(tensors)} tensor inputs.")
             inputs, held = tensors[0], [tensors[0].detach()]
             this = self._pass if self._pass and not self._pass.counted else self._start_pass(len(inputs))
             if name in this.layers:
-                raise ValueError(f"{where} should be used once in a forward pass. Found a second use: a sample's gradient "
-                                 "would be a sum over the uses. Give each use a layer of its own, or use "
+                raise ValueError(f"{where} should be used once in a forward pass. Found a second use: a sample's "
+                                 "gradient would be a sum over the uses. Give each use a layer of its own, or use "
                                  "per_sample_gradients.")
             least = {nn.Embedding: 1, nn.Conv1d: 3, nn.Conv2d: 4}.get(type(module), 2)
             if inputs.ndim < least or len(inputs) != this.rows:
@@ -534,8 +537,8 @@ class SGSC:
 
     def _on_errors(self, this: _Pass, name: str, module: nn.Module, held: list[Tensor], errors: Tensor) -> None:
         if this is not self._pass or this.layers[name]:
-            raise RuntimeError("SGSC needs one backward pass for each forward pass, before the next forward pass: else a "
-                               "sample's gradient is a sum over passes. Evaluate under torch.no_grad().")
+            raise RuntimeError("SGSC needs one backward pass for each forward pass, before the next forward pass: else "
+                               "a sample's gradient is a sum over passes. Evaluate under torch.no_grad().")
         this.layers[name] = True
         inputs = held.pop()  # popped, so that a loss that is kept does not keep every layer's input with it
         if not this.counted:  # the first layer reached by this backward pass
@@ -565,7 +568,7 @@ class SGSC:
         return {name: p for name, p in self._model.named_parameters() if p.requires_grad}
 
     def _cleared(self) -> bool:
-        """Whether the gradients were cleared: None, or all zero (`set_to_none=False`) although some sample's were not."""
+        """Whether the gradients were cleared: None, or all zero (set_to_none=False) although some sample's were not."""
         gradients = [p.grad for p in self._parameters().values() if p.grad is not None]
         return not gradients or (not any(g.any() for g in gradients) and any(self._active.values()))
 
@@ -593,13 +596,13 @@ class SGSC:
                 for work in [dist.all_reduce(tensor, group=self._group, async_op=True) for tensor in tensors]:
                     work.wait()
             if not samples:
-                raise RuntimeError("No statistic yet: call loss.backward() first. A model compiled and run before SGSC was "
-                                   "built runs without its hooks: build SGSC first, then compile.")
+                raise RuntimeError("No statistic yet: call loss.backward() first. A model compiled and run before SGSC "
+                                   "was built runs without its hooks: build SGSC first, then compile.")
             for name, p in parameters.items():
                 if name not in self._sums and p.grad is not None and not active[name] and p.grad.any():
                     raise RuntimeError(f"'{name}' has a gradient, but its module's forward was not seen: it is used "
-                                       "outside that module, or was frozen when SGSC was built. Build SGSC anew, or use "
-                                       "per_sample_gradients.")
+                                       "outside that module, or was frozen when SGSC was built. Build SGSC anew, or "
+                                       "use per_sample_gradients.")
             self._reduced = sums, active, int(samples)
         return self._reduced
 
@@ -625,7 +628,7 @@ class SGSC:
 
     @torch.no_grad()
     def scale_gradients_(self) -> None:
-        """p.grad ← p.grad · c ** γ, in place (the card's method). Call between `backward()` and `step()`, before clipping."""
+        """p.grad ← p.grad · c ** γ, in place (the card's method). Call after `backward()`, before clipping and `step()`."""
         parameters = self._parameters()
         for name, gate in self._gates().items():
             if (gradient := parameters[name].grad) is not None:
@@ -649,18 +652,18 @@ class SGSC:
                 p.copy_(torch.where(gate == 1, p, torch.lerp(before[name], p, gate)))  # lerp alone: ∞ and -0 change
 
     def summary(self) -> pd.DataFrame:
-        """One tidy row a parameter: `parameter, entries, samples, mean, q05, q25, q50, q75, q95` of c; `share_zero`, the
-        share of entries with c = 0; `active_share`, the share of (sample, entry) pairs with a non-zero gradient, which
-        caps c; and `noise_floor`, E[c] under random signs at this number of samples."""
-        sums, active, samples = self._statistic()
+        """One tidy row a parameter: `parameter, entries, samples`; of c `mean, q05, q25, q50, q75, q95` and `share_zero`,
+        the share of entries with c = 0; `active_share`, the share of (sample, entry) pairs with a non-zero gradient,
+        which caps c; and `noise_floor`, E[c] under random signs at this number of samples."""
+        _, active, samples = self._statistic()
         rows = []
         for name, c in self.consistency().items():
             values = c.detach().cpu().double().flatten().numpy()
             quantiles = dict(zip(("q05", "q25", "q50", "q75", "q95"),
                                  np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95)), strict=True))
-            rows.append({"parameter": name, "entries": values.size, "samples": samples, "mean": values.mean(), **quantiles,
-                         "share_zero": (values == 0).mean(), "active_share": int(active[name]) / (samples * values.size),
-                         "noise_floor": noise_floor(samples)})
+            rows.append({"parameter": name, "entries": values.size, "samples": samples, "mean": values.mean(),
+                         **quantiles, "share_zero": (values == 0).mean(),
+                         "active_share": int(active[name]) / (samples * values.size), "noise_floor": noise_floor(samples)})
         return pd.DataFrame(rows)
 
     def remove(self) -> None:
