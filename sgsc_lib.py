@@ -761,6 +761,20 @@ class Curves:
         runs = runs.reset_index(drop=True).assign(epoch=np.tile(np.arange(1, n_epochs + 1), n_runs))
         return runs.assign(**{name: getattr(self, name).ravel() for name in self.EPOCH_CURVES})
 
+    def final(self) -> pd.DataFrame:
+        """Tidy: one row a run, with the run's fields, its last and best test accuracy, its last losses, the fresh sample's
+        accuracy and loss, and every smoothness measure of the training loss by epoch (`epoch_*`) and, where a probe
+        batch was recorded, of the probe loss by step (`probe_*`)."""
+        frame = pd.DataFrame([asdict(run) for run in self.runs]).assign(
+            final_test_accuracy=self.test_accuracy[:, -1], best_test_accuracy=self.test_accuracy.max(1),
+            final_test_loss=self.test_loss[:, -1], final_train_loss=self.train_loss[:, -1],
+            final_valid_accuracy=self.valid_accuracy[:, -1], final_valid_loss=self.valid_loss[:, -1],
+            fresh_accuracy=self.fresh_accuracy, fresh_loss=self.fresh_loss)
+        for kind, loss in (("epoch", self.train_loss), ("probe", self.probe_loss)):
+            if loss.shape[1]:
+                frame = frame.assign(**{f"{kind}_{name}": value for name, value in smoothness(loss).items()})
+        return frame
+
 
 def _stacked_parameters(runs: Sequence[Run], widths: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
     models = [mlp(widths, seed=run.seed) for run in runs]
@@ -788,7 +802,7 @@ def _evaluate(parameters: list[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, T
     """Loss [R] and accuracy [R] of every run on all of x [N, in], in blocks that stay in cache."""
     n_runs, n = len(parameters[0]), len(x)
     loss, correct = torch.zeros(n_runs, dtype=x.dtype), torch.zeros(n_runs, dtype=torch.int64)
-    for x_block, y_block in zip(x.split(500), y.split(500), strict=True):
+    for x_block, y_block in zip(x.split(125), y.split(125), strict=True):
         logits = _forward(parameters, x_block.expand(n_runs, *x_block.shape))[1][-1]
         labels = y_block.expand(n_runs, -1)
         loss += _losses(logits, labels) * len(x_block)
@@ -1120,6 +1134,26 @@ def write_table(frame: pd.DataFrame, path: Path) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     frame.to_csv(beside, index=False)
     os.replace(beside, path)
+
+
+CLAIM_COLUMNS = ("id", "claim", "source", "setting", "measure", "n", "estimate", "ci_low", "ci_high", "p", "verdict",
+                 "notebook", "figure")
+
+
+def write_claims(rows: Sequence[Mapping[str, Any]], folder: Path, *, notebook: str) -> pd.DataFrame:
+    """Put a notebook's rows into the folder's `claims.csv`, in place of the rows it put there before, and return them.
+
+    Each row gives all `CLAIM_COLUMNS` but `notebook`. Raises ValueError for another set of columns.
+    """
+    own = pd.DataFrame([{**row, "notebook": notebook} for row in rows])
+    if set(own.columns) != set(CLAIM_COLUMNS):
+        raise ValueError(f"claims should have the columns {CLAIM_COLUMNS}. Found {tuple(own.columns)}.")
+    path, own = folder / "claims.csv", own[list(CLAIM_COLUMNS)]
+    if path.exists():
+        others = pd.read_csv(path)
+        own = pd.concat([others[others["notebook"] != notebook], own])
+    write_table(own.sort_values("id", kind="stable"), path)
+    return own[own["notebook"] == notebook]
 
 
 def read_table(path: str | os.PathLike, *, made_by: str) -> pd.DataFrame:
