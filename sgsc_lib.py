@@ -531,7 +531,9 @@ class SGSC:
                                  f"input of shape {tuple(inputs.shape)}. Keep the batch in front, [{this.rows}, ...], in "
                                  "every layer, and expand what all samples share.")
             this.layers[name] = False
-            output.register_hook(lambda errors: self._on_errors(this, name, module, held, errors.detach()))
+            # A Linear's output on [B, ..., in] is a view; an in-place ReLU behind it would go round a hook on the view.
+            hooked, shape = output._base if output._is_view() and _is_torchs_own(module) else output, output.shape
+            hooked.register_hook(lambda errors: self._on_errors(this, name, module, held, errors.detach().view(shape)))
 
         return on_layer
 
