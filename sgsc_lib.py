@@ -281,10 +281,11 @@ def power_gate(sign_sums: Tensor, batch_size: int, gamma: float | Tensor) -> Ten
     `sign_sums` is [*shape] with a number `gamma`, or [R, *shape] with one gamma a run as a float64 tensor [R].
     Returns the gate in the same shape and dtype. Raises ValueError for a negative or non-finite number `gamma`.
     """
-    gammas = gamma if isinstance(gamma, Tensor) else torch.tensor([check("gamma", gamma, float, low=0.0)])
+    if not isinstance(gamma, Tensor):
+        gamma = torch.tensor([check("gamma", gamma, float, low=0.0)], dtype=torch.float64)
     levels = torch.arange(batch_size + 1, dtype=torch.float64) / batch_size  # [B+1]
-    table = (levels ** gammas.to(torch.float64).unsqueeze(1)).to(sign_sums)  # [R, B+1]
-    return table.gather(1, sign_sums.abs().long().view(len(gammas), -1)).view_as(sign_sums)
+    table = (levels ** gamma.to(torch.float64).unsqueeze(1)).to(sign_sums)  # [R, B+1]
+    return table.gather(1, sign_sums.abs().long().view(len(gamma), -1)).view_as(sign_sums)
 
 
 # ======================================================================================================================
