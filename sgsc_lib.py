@@ -449,7 +449,7 @@ class SGSC:
                 refuse(name, module, f"no rule for it, and it owns {sorted(trainable)}", f"{way_out}. {reference}")
             if any(not p.is_floating_point() for p in owned.values()):
                 refuse(name, module, "its parameters are not real floating-point numbers", reference)
-            if _is_torchs_own(module) and not owned.keys() <= {"weight", "bias"}:  # the older weight_norm, spectral_norm
+            if _is_torchs_own(module) and not owned.keys() <= {"weight", "bias"}:  # the older weight and spectral norm
                 refuse(name, module, "its weight is computed from other parameters", "Remove the parametrisation")
             if isinstance(module, nn.Embedding) and (module.sparse or module.max_norm is not None):
                 refuse(name, module, "sparse gradients and max_norm are not covered", "Use sparse=False, max_norm=None")
@@ -503,8 +503,9 @@ class SGSC:
                     pending.add(following)
         for name, module in self._model.named_modules():
             if _is_torchs_own(module) and any(uses[p] > 1 for p in self._owned(module).values()):
-                raise ValueError(f"SGSC does not serve '{name}' ({type(module).__name__}): its parameters are used a second "
-                                 "time outside it. Give each use a layer of its own, or use per_sample_gradients.")
+                raise ValueError(f"SGSC does not serve '{name}' ({type(module).__name__}): its parameters are used a "
+                                 "second time outside it. Give each use a layer of its own, or use "
+                                 "per_sample_gradients.")
 
     def _layer_hook(self, name: str, module: nn.Module) -> Callable:
         @torch.compiler.disable
@@ -515,8 +516,8 @@ class SGSC:
                 return
             where = f"'{name}' ({type(module).__name__})"
             if torch._C._current_graph_task_id() != -1:  # a backward pass is under way
-                raise ValueError(f"{where} should run in the forward pass only. Found it run again in the backward pass, "
-                                 "by activation checkpointing: take that off, or use per_sample_gradients.")
+                raise ValueError(f"{where} should run in the forward pass only. Found it run again in the backward "
+                                 "pass, by activation checkpointing: take that off, or use per_sample_gradients.")
             tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
             if len(tensors) != 1 or not isinstance(output, Tensor):
                 raise ValueError(f"{where} should map one tensor to one tensor. Found {len(tensors)} tensor inputs.")
@@ -529,8 +530,8 @@ class SGSC:
             least = {nn.Embedding: 1, nn.Conv1d: 3, nn.Conv2d: 4}.get(type(module), 2)
             if inputs.ndim < least or len(inputs) != this.rows:
                 raise ValueError(f"{where} should see the batch's {this.rows} samples along its first axis. Found an "
-                                 f"input of shape {tuple(inputs.shape)}. Keep the batch in front, [{this.rows}, ...], in "
-                                 "every layer, and expand what all samples share.")
+                                 f"input of shape {tuple(inputs.shape)}. Keep the batch in front, [{this.rows}, ...], "
+                                 "in every layer, and expand what all samples share.")
             this.layers[name] = False
             # A Linear's output on [B, ..., in] is a view; an in-place ReLU behind it would go round a hook on the view.
             hooked, shape = output._base if output._is_view() and _is_torchs_own(module) else output, output.shape
@@ -631,7 +632,7 @@ class SGSC:
 
     @torch.no_grad()
     def scale_gradients_(self) -> None:
-        """p.grad ← p.grad · c ** γ, in place (the card's method). Call after `backward()`, before clipping and `step()`."""
+        """p.grad ← p.grad · c ** γ, in place (the card's method). Call after `backward()`, before clipping."""
         parameters = self._parameters()
         for name, gate in self._gates().items():
             if (gradient := parameters[name].grad) is not None:
@@ -655,9 +656,9 @@ class SGSC:
                 p.copy_(torch.where(gate == 1, p, torch.lerp(before[name], p, gate)))  # lerp alone: ∞ and -0 change
 
     def summary(self) -> pd.DataFrame:
-        """One tidy row a parameter: `parameter, entries, samples`; of c `mean, q05, q25, q50, q75, q95` and `share_zero`,
-        the share of entries with c = 0; `active_share`, the share of (sample, entry) pairs with a non-zero gradient,
-        which caps c; and `noise_floor`, E[c] under random signs at this number of samples."""
+        """One tidy row a parameter: `parameter, entries, samples`; of c the `mean`, the quantiles `q05, q25, q50, q75,
+        q95` and `share_zero`, the share of entries with c = 0; `active_share`, the share of (sample, entry) pairs with a
+        non-zero gradient, which caps c; and `noise_floor`, E[c] under random signs at this number of samples."""
         _, active, samples = self._statistic()
         rows = []
         for name, c in self.consistency().items():
@@ -666,7 +667,8 @@ class SGSC:
                                  np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95)), strict=True))
             rows.append({"parameter": name, "entries": values.size, "samples": samples, "mean": values.mean(),
                          **quantiles, "share_zero": (values == 0).mean(),
-                         "active_share": int(active[name]) / (samples * values.size), "noise_floor": noise_floor(samples)})
+                         "active_share": int(active[name]) / (samples * values.size),
+                         "noise_floor": noise_floor(samples)})
         return pd.DataFrame(rows)
 
     def remove(self) -> None:
