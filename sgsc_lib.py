@@ -910,7 +910,7 @@ def _source_of(function: Callable, seen: set[str] | None = None) -> str:
         value = globals()[name]
         seen.add(name)
         if callable(value) and getattr(value, "__module__", None) == __name__:
-            parts.append(_source_of(inspect.unwrap(value), seen))
+            parts.append(_source_of(value, seen))
         elif isinstance(value, int | float | str | tuple):
             parts.append(f"{name} = {value!r}")
     return "\n".join(parts)
@@ -919,7 +919,7 @@ def _source_of(function: Callable, seen: set[str] | None = None) -> str:
 def _codes(function: Any) -> Iterator[Any]:
     """The code objects of a function, or of a class's methods, with those nested in them."""
     functions = vars(function).values() if inspect.isclass(function) else [function]
-    pending = [f.__code__ for f in functions if inspect.isfunction(f)]
+    pending = [inspect.unwrap(f).__code__ for f in functions if inspect.isfunction(f)]
     while pending:
         code = pending.pop()
         yield code

@@ -1,0 +1,33 @@
+# Thin on purpose: every target is one or two commands, which also run without make (see README.md).
+PROFILE ?= full
+PYTHON  ?= python3.11
+BIN     := .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help report quick test lab bench lock
+help:            ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
+
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv && $(BIN)/pip install --quiet -r requirements.txt && touch $@
+
+report: .venv/installed  ## run the notebooks and write the page; PROFILE=full (default), quick or smoke
+	$(BIN)/python report/build.py --profile $(PROFILE)
+
+quick: .venv/installed   ## the same as `make report PROFILE=quick`
+	$(BIN)/python report/build.py --profile quick
+
+test: .venv/installed    ## the whole test suite
+	$(BIN)/ruff check . && $(BIN)/python -m pytest
+
+lab: .venv/installed     ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
+
+bench: .venv/installed   ## time SGSC against its peers, in an environment of their own
+	@echo "see benchmarks/README.md"
+
+# torch's CPU build adds a local version to its number, which other machines would not find.
+lock: .venv/installed    ## write requirements.txt anew from pyproject.toml
+	$(BIN)/pip install --quiet 'pip-tools>=7.5' && $(BIN)/pip-compile --quiet --upgrade --extra test --strip-extras \
+	  --allow-unsafe --no-annotate --no-header --no-emit-index-url --no-emit-find-links --upgrade-package torch==2.13.0 \
+	  --output-file requirements.txt pyproject.toml && sed -i 's/+cpu$$//' requirements.txt && echo '-e .' >> requirements.txt

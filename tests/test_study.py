@@ -1,0 +1,338 @@
+"""The data, the model, stacked training and the measures, each against an independent truth."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from statsmodels.stats.proportion import proportion_confint
+from torch import nn
+
+import sgsc_lib
+from sgsc_lib import (
+    SGSC,
+    Dataset,
+    Run,
+    adam_step_,
+    compare_paired,
+    draw_mnist1d,
+    load_mnist1d,
+    mlp,
+    noise_floor,
+    per_sample_gradients,
+    sign_consistency,
+    smoothness,
+    train,
+)
+
+EVERY_CURVE = ("step_loss", "probe_loss", *sgsc_lib.Curves.EPOCH_CURVES, "fresh_loss", "fresh_accuracy")
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    return load_mnist1d()
+
+
+@pytest.fixture(scope="module")
+def small(data: Dataset) -> Dataset:
+    return Dataset(*(part[:96] for part in data))
+
+
+# -- data ---------------------------------------------------------------------------------------------------------------
+
+
+def test_data_have_the_published_hash_shapes_and_types(data):
+    assert sgsc_lib.sha256_of(*draw_mnist1d()) == sgsc_lib.DATA_SHA256
+    assert [tuple(part.shape) for part in data] == [(3200, 40), (3200,), (800, 40), (800,), (1000, 40), (1000,)]
+    assert {part.dtype for part in data[::2]} == {torch.float32} and {part.dtype for part in data[1::2]} == {torch.int64}
+
+
+def test_validation_is_cut_from_training_and_test_stays(data):
+    whole = load_mnist1d(valid_fraction=0.0)
+    assert torch.equal(torch.cat([data.x_train, data.x_valid]), whole.x_train)
+    assert torch.equal(data.x_test, whole.x_test) and len(whole.x_valid) == 0
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.5, 1.0])
+def test_label_noise_is_exact_and_touches_training_labels_only(data, noise):
+    noisy = load_mnist1d(label_noise=noise)
+    assert int((noisy.y_train != data.y_train).sum()) == round(noise * 3200)
+    assert torch.equal(noisy.y_valid, data.y_valid) and torch.equal(noisy.y_test, data.y_test)
+    assert torch.equal(noisy.x_train, data.x_train) and noisy.y_train.min() >= 0 and noisy.y_train.max() <= 9
+
+
+def test_loading_keeps_numpys_global_state_and_protects_the_cached_draw(data):
+    before = np.random.get_state()[1].copy()
+    draw_mnist1d.__wrapped__(100, seed=7)
+    assert np.array_equal(before, np.random.get_state()[1])
+    load_mnist1d().x_train.zero_()
+    assert torch.equal(load_mnist1d().x_train, data.x_train)
+
+
+def test_another_data_set_under_the_default_seed_is_refused(monkeypatch):
+    monkeypatch.setattr(sgsc_lib, "DATA_SHA256", "0" * 64)
+    with pytest.raises(RuntimeError, match="should have SHA-256 0000"):
+        draw_mnist1d.__wrapped__(5000, seed=42)
+
+
+# -- model --------------------------------------------------------------------------------------------------------------
+
+
+def test_mlp_is_pytorchs_own_initialisation_without_its_global_state():
+    torch.manual_seed(3)
+    own = nn.Sequential(nn.Linear(40, 16), nn.ReLU(), nn.Linear(16, 10))
+    state = torch.get_rng_state()
+    made = mlp((40, 16, 10), seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(own.parameters(), made.parameters(), strict=True))
+    assert torch.equal(state, torch.get_rng_state()) and [type(m) for m in made] == [type(m) for m in own]
+
+
+# -- training -----------------------------------------------------------------------------------------------------------
+
+RUNS = [Run(s, lr, g, p) for (s, lr), (g, p) in itertools.product([(0, 0.003), (1, 0.02)], [(0.0, "before"), (0.3, "before"), (0.3, "after")])]
+RUNS += [Run(0, 0.01, 0.5, p, c) for p in ("before", "after") for c in ("permuted", "layer-mean", "frozen")]
+SHORT = {"epochs": 2, "batch_size": 40, "widths": (40, 24, 10), "probe_size": 8}
+
+
+def test_a_run_is_the_same_alone_and_in_any_stack(small):
+    fresh = small.x_test, small.y_test
+    together = train(RUNS, small, fresh=fresh, n_jobs=1, stack_size=5, **SHORT)
+    shuffled = train(RUNS[::-1], small, fresh=fresh, n_jobs=2, stack_size=3, **SHORT)
+    for r, run in enumerate(RUNS):
+        alone = train([run], small, fresh=fresh, n_jobs=1, **SHORT)
+        for name in EVERY_CURVE:
+            assert np.array_equal(getattr(alone, name)[0], getattr(together, name)[r]), (run, name)
+            assert np.array_equal(getattr(alone, name)[0], getattr(shuffled, name)[len(RUNS) - 1 - r]), (run, name)
+
+
+def test_a_diverging_run_keeps_its_nans_and_does_not_disturb_its_neighbours(small):
+    quiet, wild = Run(0, 0.01, 0.25), Run(1, 1e30, 0.25)
+    both, alone = train([quiet, wild], small, n_jobs=1, **SHORT), train([quiet], small, n_jobs=1, **SHORT)
+    assert not np.isfinite(both.train_loss[1, -1]) and np.isfinite(both.train_loss[0]).all()
+    assert np.array_equal(both.step_loss[0], alone.step_loss[0]) and np.array_equal(both.train_loss[0], alone.train_loss[0])
+
+
+def by_hand(run: Run, data: Dataset, epochs: int, batch_size: int, widths: tuple) -> list[float]:
+    """The same run with torch's own modules, torch.optim.Adam and SGSC: the loss of every step."""
+    model = mlp(widths, seed=run.seed).double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=run.lr)
+    order, losses = sgsc_lib._stream(run.seed, 1), []
+    with SGSC(model, run.gamma) as sgsc:
+        for _ in range(epochs):
+            for batch in torch.randperm(len(data.x_train), generator=order).split(batch_size):
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(data.x_train[batch]), data.y_train[batch])
+                loss.backward()
+                losses.append(loss.item())
+                if run.placement == "before":
+                    sgsc.scale_gradients_()
+                    optimizer.step()
+                else:
+                    with sgsc.scaled_update():
+                        optimizer.step()
+    return losses
+
+
+@pytest.mark.parametrize("run", RUNS[:6], ids=str)
+def test_training_equals_torchs_modules_and_optimiser_in_float64(small, run):
+    double = Dataset(*(part.double() if part.is_floating_point() else part for part in small))
+    curves = train([run], double, n_jobs=1, epochs=3, batch_size=40, widths=(40, 24, 10))
+    np.testing.assert_allclose(curves.step_loss[0], by_hand(run, double, 3, 40, (40, 24, 10)), rtol=1e-9)
+
+
+def test_gamma_zero_is_plain_adam_bit_for_bit(small):
+    mixed = train([Run(0, 0.01, 0.0, "after"), Run(0, 0.01, 0.5, "after")], small, n_jobs=1, **SHORT)
+    plain = train([Run(0, 0.01)], small, n_jobs=1, **SHORT)
+    assert np.array_equal(mixed.step_loss[0], plain.step_loss[0])
+    assert not np.array_equal(mixed.step_loss[1], plain.step_loss[0])
+
+
+def test_our_adam_is_torchs_adam_bit_for_bit():
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(1, 7, 5, generator=generator)
+    theirs = p[0].clone().requires_grad_()
+    optimizer, moments = torch.optim.Adam([theirs], lr=0.0123), [(torch.zeros_like(p), torch.zeros_like(p))]
+    for step in range(1, 51):
+        g = torch.randn(1, 7, 5, generator=generator) * 10.0 ** (step % 7 - 5)
+        theirs.grad = g[0].clone()
+        optimizer.step()
+        adam_step_([p], [g], moments, torch.tensor([0.0123], dtype=torch.float64), step)
+        assert torch.equal(p[0], theirs)
+
+
+def test_layer_mean_and_permuted_controls_keep_the_mean_gate_and_frozen_keeps_the_first():
+    gate = torch.rand(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    generators = [torch.Generator().manual_seed(s) for s in (1, 2)]
+    mean, = sgsc_lib._controlled([gate], "layer-mean", None, generators)
+    permuted, = sgsc_lib._controlled([gate], "permuted", None, generators)
+    first = [torch.ones_like(gate)]
+    torch.testing.assert_close(mean[1], gate[1].mean().expand(6, 4))
+    assert torch.equal(permuted.flatten(1).sort().values, gate.flatten(1).sort().values) and not torch.equal(permuted, gate)
+    assert sgsc_lib._controlled([gate], "frozen", first, generators) is first
+
+
+def test_the_cache_answers_for_the_same_code_only(small, tmp_path, monkeypatch):
+    first = train(RUNS[:2], small, cache=tmp_path, n_jobs=1, **SHORT)
+    monkeypatch.setattr(torch.autograd, "grad", None)  # whoever trains now fails
+    again = train(RUNS[:2], small, cache=tmp_path, n_jobs=1, **SHORT)
+    assert all(np.array_equal(getattr(first, n), getattr(again, n), equal_nan=True) for n in EVERY_CURVE)
+    monkeypatch.setattr(sgsc_lib, "BETA1", 0.8)
+    with pytest.raises(TypeError, match="not callable"):
+        train(RUNS[:2], small, cache=tmp_path, n_jobs=1, **SHORT)
+
+
+def test_the_cache_key_covers_every_function_that_training_uses():
+    source = sgsc_lib._source_of(sgsc_lib._train_stack)
+    for name in ("_train_stack", "_forward", "_losses", "_evaluate", "adam_step_", "_controlled", "factored_sums", "power_gate",
+                 "_stream", "_stacked_parameters", "mlp"):
+        assert f"def {name}(" in source, name
+    assert "BETA2 = 0.999" in source
+
+
+def test_frame_and_final_are_tidy(small):
+    curves = train(RUNS[:2], small, n_jobs=1, **{**SHORT, "epochs": 4})
+    frame, final = curves.frame(), curves.final()
+    assert len(frame) == 8 and list(frame["epoch"]) == [1, 2, 3, 4] * 2 and len(final) == 2
+    assert frame.loc[3, "test_accuracy"] == final.loc[0, "final_test_accuracy"] == curves.test_accuracy[0, -1]
+    assert {"epoch_roughness", "probe_spike_count"} <= set(final.columns)
+
+
+def test_the_papers_own_table_comes_out():
+    """MNIST-1D's authors report 32 % for logistic regression and 68 % for an MLP (arXiv 2011.14439, table 1)."""
+    whole = load_mnist1d(valid_fraction=0.0)
+    linear = train([Run(s, 0.01) for s in range(2)], whole, epochs=60, batch_size=100, widths=(40, 10))
+    deep = train([Run(s, 0.01) for s in range(2)], whole, epochs=100, batch_size=100, widths=(40, 100, 100, 10))
+    assert abs(linear.test_accuracy[:, -1].mean() - 0.32) < 0.04
+    assert abs(deep.test_accuracy.max(1).mean() - 0.68) < 0.04
+
+
+BAD_ARGUMENTS = [
+    (lambda d: Run(-1, 0.1), "`seed` should be ≥ 0. Found -1."),
+    (lambda d: Run(0.5, 0.1), "`seed` should be an int. Found 0.5."),
+    (lambda d: Run(0, 0.0), "`lr` should be > 0"),
+    (lambda d: Run(0, math.nan), "`lr` should be finite"),
+    (lambda d: Run(0, "0.1"), "`lr` should be a float. Found '0.1'."),
+    (lambda d: Run(0, 0.1, gamma=-0.1), "`gamma` should be ≥ 0.0. Found -0.1."),
+    (lambda d: Run(0, 0.1, gamma=True), "`gamma` should be a float. Found True."),
+    (lambda d: Run(0, 0.1, placement="during"), "`placement` should be one of 'before', 'after'. Found 'during'."),
+    (lambda d: Run(0, 0.1, control="random"), "`control` should be one of"),
+    (lambda d: load_mnist1d(4999), "`num_samples` should be a multiple of the 10 classes. Found 4999."),
+    (lambda d: load_mnist1d(valid_fraction=1.0), "`valid_fraction` should be ≤ 0.9"),
+    (lambda d: load_mnist1d(label_noise=-0.1), "`label_noise` should be ≥ 0.0"),
+    (lambda d: mlp((40,), seed=0), "`widths` should name at least"),
+    (lambda d: mlp((40, 0, 10), seed=0), "`widths` should be ≥ 1. Found 0."),
+    (lambda d: train([], d), "`runs` should be a non-empty list of Run"),
+    (lambda d: train([{"seed": 0}], d), "`runs` should be a non-empty list of Run"),
+    (lambda d: train([Run(0, 0.1)], d, epochs=0), "`epochs` should be ≥ 1. Found 0."),
+    (lambda d: train([Run(0, 0.1)], d, batch_size=97), "`batch_size` should be ≤ 96. Found 97."),
+    (lambda d: train([Run(0, 0.1)], d, widths=(41, 10)), "`widths` should start with 40"),
+    (lambda d: train([Run(0, 0.1)], d, widths=(40, 5)), "end with at least 10"),
+    (lambda d: train([Run(0, 0.1)], d, probe_size=97), "`probe_size` should be ≤ 96"),
+    (lambda d: train([Run(0, 0.1)], d, stack_size=0), "`stack_size` should be ≥ 1"),
+    (lambda d: smoothness([1.0, 2.0]), "`loss` should be [..., T] with T ≥ 4"),
+    (lambda d: smoothness(np.ones(50), window=24), "`window` should be odd. Found 24."),
+    (lambda d: compare_paired([1.0], [2.0], margin=1.0), "at least 2 pairs"),
+    (lambda d: compare_paired([1.0, math.nan], [2.0, 1.0], margin=1.0), "Found 1 pairs that are not"),
+    (lambda d: compare_paired([1.0, 2.0], [2.0, 1.0], margin=0.0), "`margin` should be > 0"),
+    (lambda d: sign_consistency(torch.zeros(0, 3)), "with B ≥ 1"),
+    (lambda d: per_sample_gradients(mlp((40, 10), seed=0), d.x_train, d.y_train[:5]), "`y` should have as many rows"),
+    (lambda d: noise_floor(0), "`batch_size` should be ≥ 1"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), BAD_ARGUMENTS, ids=[message for _, message in BAD_ARGUMENTS])
+def test_bad_arguments_are_refused_by_name(small, call, message):
+    with pytest.raises((ValueError, TypeError)) as error:
+        call(small)
+    assert message in str(error.value)
+
+
+# -- measures -----------------------------------------------------------------------------------------------------------
+
+
+def test_smoothness_by_hand():
+    found = smoothness([4.0, 2.0, 3.0, 1.0], window=3, spike_threshold=0.0)
+    assert found["total_rise"] == 1.0 and found["upward_share"] == pytest.approx(1 / 3)
+    assert found["normalised_total_variation"] == pytest.approx(5 / 3)
+    log = np.log([4.0, 2.0, 3.0, 1.0])
+    assert found["roughness"] == pytest.approx(np.mean([(log[2] - 2 * log[1] + log[0]) ** 2, (log[3] - 2 * log[2] + log[1]) ** 2]))
+    change = np.array([-2.0, 1.0, -2.0]) + 1.0
+    assert found["lag1_autocorrelation"] == pytest.approx((change[1:] * change[:-1]).sum() / (change**2).sum())
+
+
+def test_a_falling_curve_is_perfectly_smooth_and_a_spike_is_found():
+    curve = 3 * np.exp(-np.linspace(0, 4, 200)) + 0.1
+    falling = smoothness(curve)
+    assert falling["total_rise"] == falling["upward_share"] == falling["spike_count"] == 0
+    assert falling["normalised_total_variation"] == pytest.approx(1)
+    spiked = curve.copy()
+    spiked[100] += 1
+    assert smoothness(spiked)["spike_count"] == 1
+
+
+def test_smoothness_keeps_leading_axes_and_isolates_diverged_curves():
+    curves = np.random.default_rng(0).uniform(1, 2, (2, 3, 60))
+    curves[1, 2, 30] = np.nan
+    found = smoothness(curves)
+    alone = smoothness(curves[0, 1])
+    assert all(value.shape == (2, 3) and np.isnan(value[1, 2]) for value in found.values())
+    assert all(found[name][0, 1] == pytest.approx(alone[name], nan_ok=True) for name in found)
+
+
+def test_paired_comparison_against_scipy_and_statsmodels():
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(0.2, 1, 40), rng.normal(0, 1, 40)
+    found, theirs = compare_paired(a, b, margin=0.1), scipy.stats.ttest_rel(a, b)
+    np.testing.assert_allclose([found.ci_low, found.ci_high], theirs.confidence_interval(0.95))
+    np.testing.assert_allclose([found.ci90_low, found.ci90_high], theirs.confidence_interval(0.90))
+    assert found.p == pytest.approx(theirs.pvalue, abs=0.03)
+    low, high = proportion_confint((a > b).sum(), 40, method="wilson")
+    np.testing.assert_allclose([found.probability_low, found.probability_high], [low, high])
+    assert found.correlation == pytest.approx(scipy.stats.pearsonr(a, b).statistic)
+    assert found.effect_size == pytest.approx(theirs.statistic / math.sqrt(40))
+
+
+def test_sign_flip_p_is_exact_for_few_pairs():
+    d = np.array([0.3, 0.1, 0.2, -0.05, 0.4])
+    flips = [abs(np.mean(d * signs)) for signs in itertools.product((1, -1), repeat=5)]
+    assert compare_paired(d, np.zeros(5), margin=1e-3).p == pytest.approx(np.mean(np.array(flips) >= abs(d.mean()) - 1e-12))
+
+
+@pytest.mark.parametrize(("shift", "spread", "verdict"), [(0.05, 0.01, "better"), (-0.05, 0.01, "worse"), (0.001, 0.005, "equivalent"),
+                                                          (0.004, 0.001, "equivalent"), (0.005, 0.05, "inconclusive")])
+def test_the_four_verdicts(shift, spread, verdict):
+    noise = np.linspace(-1, 1, 20)
+    assert compare_paired(0.6 + shift + spread * noise, np.full(20, 0.6), margin=0.01).verdict == verdict
+
+
+def test_equal_arms_are_equivalent_with_p_one():
+    found = compare_paired([0.5, 0.6, 0.7], [0.5, 0.6, 0.7], margin=0.01)
+    assert (found.verdict, found.p, found.effect_size, found.probability_greater) == ("equivalent", 1.0, 0.0, 0.5)
+
+
+# -- results ------------------------------------------------------------------------------------------------------------
+
+
+def test_tables_are_written_whole_and_a_missing_one_names_its_maker(tmp_path):
+    import pandas as pd
+
+    frame = pd.DataFrame({"x": [0.1 + 0.2, 1e-300]})
+    sgsc_lib.write_table(frame, tmp_path / "t.csv")
+    assert sgsc_lib.read_table(tmp_path / "t.csv", made_by="02")["x"].tolist() == frame["x"].tolist()
+    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+    with pytest.raises(FileNotFoundError, match="build.py --only 02_tuning"):
+        sgsc_lib.read_table(tmp_path / "none.csv", made_by="02_tuning")
+
+
+def test_claims_are_replaced_by_notebook(tmp_path):
+    row = dict.fromkeys(sgsc_lib.CLAIM_COLUMNS, "x")
+    del row["notebook"]
+    for notebook, ids in (("02", "ab"), ("03", "c"), ("02", "d")):
+        sgsc_lib.write_claims([{**row, "id": i} for i in ids], tmp_path, notebook=notebook)
+    written = sgsc_lib.read_table(tmp_path / "claims.csv", made_by="02")
+    assert list(written.columns) == list(sgsc_lib.CLAIM_COLUMNS) and list(written["id"]) == ["c", "d"]
+    with pytest.raises(ValueError, match="should have the columns"):
+        sgsc_lib.write_claims([{"id": "a"}], tmp_path, notebook="02")
