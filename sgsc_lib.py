@@ -19,6 +19,7 @@ A a layer's inputs, Δ the errors at its output. Shapes stand at the ends of lin
 
 from __future__ import annotations
 
+import ast
 import base64
 import hashlib
 import html
@@ -30,6 +31,7 @@ import math
 import numbers
 import os
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -902,9 +904,16 @@ def _train_stack(
 
 
 def _source_of(function: Callable, seen: set[str] | None = None) -> str:
-    """The source of a function and of all in this module that it uses: what a cached result depends on."""
+    """The source of a function and of all in this module that it uses: what a cached result depends on.
+
+    Comments, docstrings and layout are left out, so that rewording them keeps the cache.
+    """
     seen = set() if seen is None else seen
-    parts = [inspect.getsource(function)]
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    parts = [ast.unparse(tree)]
     names = set(itertools.chain.from_iterable(code.co_names for code in _codes(function)))
     for name in sorted(names & globals().keys() - seen):
         value = globals()[name]
