@@ -9,8 +9,8 @@ parameter p. The **sign consistency** of p and the **gate** made from it are
 SGSC multiplies the mean gradient by the gate before the optimiser sees it (placement ``"before"``), or multiplies the
 optimiser's finished update by it (placement ``"after"``).
 
-For a Linear layer g_i is an outer product δ_i a_iᵀ of the back-propagated error and the layer's input, and the sign of a
-product is the product of the signs. So one extra matrix product, sign(Δ)ᵀ sign(A), gives the exact statistic, and the
+For a Linear layer g_i is an outer product δ_i a_iᵀ of the back-propagated error and the layer's input, and the sign of
+a product is the product of the signs. So one extra matrix product, sign(Δ)ᵀ sign(A), gives the exact statistic, and the
 B × P per-sample gradients never exist.
 
 Index letters, here and in the notebooks: i sample, p parameter, r run, t step, e epoch; B batch size, R runs,
@@ -461,8 +461,10 @@ class SGSC:
     def _start_pass(self, rows: int) -> _Pass:
         for name, module in self._model.named_modules():  # train() may have been called since construction
             if isinstance(module, BATCH_NORMS) and module.training:
-                raise ValueError(f"SGSC does not serve '{name}' ({type(module).__name__}) in training mode: it couples "
-                                 "the samples. Call its eval(), or use GroupNorm.")
+                raise ValueError(
+                    f"SGSC does not serve '{name}' ({type(module).__name__}) in training mode: it couples "
+                    "the samples. Call its eval(), or use GroupNorm."
+                )
         self._pass = _Pass(rows)
         return self._pass
 
@@ -505,9 +507,11 @@ class SGSC:
                     pending.add(following)
         for name, module in self._model.named_modules():
             if _is_torchs_own(module) and any(uses[p] > 1 for p in self._owned(module).values()):
-                raise ValueError(f"SGSC does not serve '{name}' ({type(module).__name__}): its parameters are used a "
-                                 "second time outside it. Give each use a layer of its own, or use "
-                                 "per_sample_gradients.")
+                raise ValueError(
+                    f"SGSC does not serve '{name}' ({type(module).__name__}): its parameters are used a "
+                    "second time outside it. Give each use a layer of its own, or use "
+                    "per_sample_gradients."
+                )
 
     def _layer_hook(self, name: str, module: nn.Module) -> Callable:
         @torch.compiler.disable
@@ -518,22 +522,28 @@ class SGSC:
                 return
             where = f"'{name}' ({type(module).__name__})"
             if torch._C._current_graph_task_id() != -1:  # a backward pass is under way
-                raise ValueError(f"{where} should run in the forward pass only. Found it run again in the backward "
-                                 "pass, by activation checkpointing: take that off, or use per_sample_gradients.")
+                raise ValueError(
+                    f"{where} should run in the forward pass only. Found it run again in the backward "
+                    "pass, by activation checkpointing: take that off, or use per_sample_gradients."
+                )
             tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
             if len(tensors) != 1 or not isinstance(output, Tensor):
                 raise ValueError(f"{where} should map one tensor to one tensor. Found {len(tensors)} tensor inputs.")
             inputs, held = tensors[0], [tensors[0].detach()]
             this = self._pass if self._pass and not self._pass.counted else self._start_pass(len(inputs))
             if name in this.layers:
-                raise ValueError(f"{where} should be used once in a forward pass. Found a second use: a sample's "
-                                 "gradient would be a sum over the uses. Give each use a layer of its own, or use "
-                                 "per_sample_gradients.")
+                raise ValueError(
+                    f"{where} should be used once in a forward pass. Found a second use: a sample's "
+                    "gradient would be a sum over the uses. Give each use a layer of its own, or use "
+                    "per_sample_gradients."
+                )
             least = {nn.Embedding: 1, nn.Conv1d: 3, nn.Conv2d: 4}.get(type(module), 2)
             if inputs.ndim < least or len(inputs) != this.rows:
-                raise ValueError(f"{where} should see the batch's {this.rows} samples along its first axis. Found an "
-                                 f"input of shape {tuple(inputs.shape)}. Keep the batch in front, [{this.rows}, ...], "
-                                 "in every layer, and expand what all samples share.")
+                raise ValueError(
+                    f"{where} should see the batch's {this.rows} samples along its first axis. Found an "
+                    f"input of shape {tuple(inputs.shape)}. Keep the batch in front, [{this.rows}, ...], "
+                    "in every layer, and expand what all samples share."
+                )
             this.layers[name] = False
             # A Linear's output on [B, ..., in] is a view; an in-place ReLU behind it would go round a hook on the view.
             hooked, shape = output._base if output._is_view() and _is_torchs_own(module) else output, output.shape
@@ -543,8 +553,10 @@ class SGSC:
 
     def _on_errors(self, this: _Pass, name: str, module: nn.Module, held: list[Tensor], errors: Tensor) -> None:
         if this is not self._pass or this.layers[name]:
-            raise RuntimeError("SGSC needs one backward pass for each forward pass, before the next forward pass: else "
-                               "a sample's gradient is a sum over passes. Evaluate under torch.no_grad().")
+            raise RuntimeError(
+                "SGSC needs one backward pass for each forward pass, before the next forward pass: else "
+                "a sample's gradient is a sum over passes. Evaluate under torch.no_grad()."
+            )
         this.layers[name] = True
         inputs = held.pop()  # popped, so that a loss that is kept does not keep every layer's input with it
         if not this.counted:  # the first layer reached by this backward pass
@@ -559,8 +571,9 @@ class SGSC:
             found = self.rules[type(module)](module, inputs, errors)
             for key in (key for key, p in self._owned(module).items() if p.requires_grad):
                 if key not in found:
-                    raise KeyError(f"The rule for '{name}' ({type(module).__name__}) should cover {key!r}. "
-                                   f"Found {sorted(found)}.")
+                    raise KeyError(
+                        f"The rule for '{name}' ({type(module).__name__}) should cover {key!r}. Found {sorted(found)}."
+                    )
                 full, (sign_sum, active) = f"{name}.{key}" if name else key, found[key]
                 if full in self._sums:
                     self._sums[full] += sign_sum
@@ -602,13 +615,17 @@ class SGSC:
                 for work in [dist.all_reduce(tensor, group=self._group, async_op=True) for tensor in tensors]:
                     work.wait()
             if not samples:
-                raise RuntimeError("No statistic yet: call loss.backward() first. A model compiled and run before SGSC "
-                                   "was built runs without its hooks: build SGSC first, then compile.")
+                raise RuntimeError(
+                    "No statistic yet: call loss.backward() first. A model compiled and run before SGSC "
+                    "was built runs without its hooks: build SGSC first, then compile."
+                )
             for name, p in parameters.items():
                 if name not in self._sums and p.grad is not None and not active[name] and p.grad.any():
-                    raise RuntimeError(f"'{name}' has a gradient, but its module's forward was not seen: it is used "
-                                       "outside that module, or was frozen when SGSC was built. Build SGSC anew, or "
-                                       "use per_sample_gradients.")
+                    raise RuntimeError(
+                        f"'{name}' has a gradient, but its module's forward was not seen: it is used "
+                        "outside that module, or was frozen when SGSC was built. Build SGSC anew, or "
+                        "use per_sample_gradients."
+                    )
             self._reduced = sums, active, int(samples)
         return self._reduced
 
@@ -659,18 +676,29 @@ class SGSC:
 
     def summary(self) -> pd.DataFrame:
         """One tidy row a parameter: `parameter, entries, samples`; of c the `mean`, the quantiles `q05, q25, q50, q75,
-        q95` and `share_zero`, the share of entries with c = 0; `active_share`, the share of (sample, entry) pairs with a
-        non-zero gradient, which caps c; and `noise_floor`, E[c] under random signs at this number of samples."""
+        q95` and `share_zero`, the share of entries with c = 0; `active_share`, the share of (sample, entry) pairs with
+        a non-zero gradient, which caps c; and `noise_floor`, E[c] under random signs at this number of samples."""
         _, active, samples = self._statistic()
         rows = []
         for name, c in self.consistency().items():
             values = c.detach().cpu().double().flatten().numpy()
-            quantiles = dict(zip(("q05", "q25", "q50", "q75", "q95"),
-                                 np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95)), strict=True))
-            rows.append({"parameter": name, "entries": values.size, "samples": samples, "mean": values.mean(),
-                         **quantiles, "share_zero": (values == 0).mean(),
-                         "active_share": int(active[name]) / (samples * values.size),
-                         "noise_floor": noise_floor(samples)})
+            quantiles = dict(
+                zip(
+                    ("q05", "q25", "q50", "q75", "q95"), np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95)), strict=True
+                )
+            )
+            rows.append(
+                {
+                    "parameter": name,
+                    "entries": values.size,
+                    "samples": samples,
+                    "mean": values.mean(),
+                    **quantiles,
+                    "share_zero": (values == 0).mean(),
+                    "active_share": int(active[name]) / (samples * values.size),
+                    "noise_floor": noise_floor(samples),
+                }
+            )
         return pd.DataFrame(rows)
 
     def remove(self) -> None:
@@ -769,14 +797,19 @@ class Curves:
         return runs.assign(**{name: getattr(self, name).ravel() for name in self.EPOCH_CURVES})
 
     def final(self) -> pd.DataFrame:
-        """Tidy: one row a run, with the run's fields, its last and best test accuracy, its last losses, the fresh sample's
+        """Tidy: one row a run, with the run's fields, last and best test accuracy, last losses, the fresh sample's
         accuracy and loss, and every smoothness measure of the training loss by epoch (`epoch_*`) and, where a probe
         batch was recorded, of the probe loss by step (`probe_*`)."""
         frame = pd.DataFrame([asdict(run) for run in self.runs]).assign(
-            final_test_accuracy=self.test_accuracy[:, -1], best_test_accuracy=self.test_accuracy.max(1),
-            final_test_loss=self.test_loss[:, -1], final_train_loss=self.train_loss[:, -1],
-            final_valid_accuracy=self.valid_accuracy[:, -1], final_valid_loss=self.valid_loss[:, -1],
-            fresh_accuracy=self.fresh_accuracy, fresh_loss=self.fresh_loss)
+            final_test_accuracy=self.test_accuracy[:, -1],
+            best_test_accuracy=self.test_accuracy.max(1),
+            final_test_loss=self.test_loss[:, -1],
+            final_train_loss=self.train_loss[:, -1],
+            final_valid_accuracy=self.valid_accuracy[:, -1],
+            final_valid_loss=self.valid_loss[:, -1],
+            fresh_accuracy=self.fresh_accuracy,
+            fresh_loss=self.fresh_loss,
+        )
         for kind, loss in (("epoch", self.train_loss), ("probe", self.probe_loss)):
             if loss.shape[1]:
                 frame = frame.assign(**{f"{kind}_{name}": value for name, value in smoothness(loss).items()})
@@ -785,7 +818,9 @@ class Curves:
 
 def _stacked_parameters(runs: Sequence[Run], widths: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
     models = [mlp(widths, seed=run.seed) for run in runs]
-    return [torch.stack([p.detach() for p in ps]).to(dtype) for ps in zip(*(m.parameters() for m in models), strict=True)]
+    return [
+        torch.stack([p.detach() for p in ps]).to(dtype) for ps in zip(*(m.parameters() for m in models), strict=True)
+    ]
 
 
 def _forward(parameters: list[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -818,7 +853,11 @@ def _evaluate(parameters: list[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, T
 
 
 def adam_step_(
-    parameters: list[Tensor], gradients: list[Tensor], moments: list[tuple[Tensor, Tensor]], lr: Tensor, step: int,
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    moments: list[tuple[Tensor, Tensor]],
+    lr: Tensor,
+    step: int,
     gates: list[Tensor] | None = None,
 ) -> None:
     """One step of Adam (Kingma & Ba, algorithm 1) on tensors [R, ...] with a learning rate a run, lr float64 [R].
@@ -835,7 +874,9 @@ def adam_step_(
         p.addcdiv_(update if gates is None else update.mul_(gates[k]), denominator)
 
 
-def _controlled(gates: list[Tensor], control: str, first: list[Tensor] | None, generators: list[torch.Generator]) -> list[Tensor]:
+def _controlled(
+    gates: list[Tensor], control: str, first: list[Tensor] | None, generators: list[torch.Generator]
+) -> list[Tensor]:
     """Replace gates [R, ...] by the part of them that `control` keeps (see `Run`)."""
     if control == "permuted":
         orders = [torch.stack([torch.randperm(g[0].numel(), generator=own) for own in generators]) for g in gates]
@@ -853,8 +894,15 @@ def _stream(seed: int, purpose: int) -> torch.Generator:
 
 @torch.no_grad()
 def _train_stack(
-    key: str, runs: Sequence[Run], data: Dataset, fresh: tuple[Tensor, Tensor] | None,
-    *, epochs: int, batch_size: int, widths: tuple[int, ...], probe_size: int,
+    key: str,
+    runs: Sequence[Run],
+    data: Dataset,
+    fresh: tuple[Tensor, Tensor] | None,
+    *,
+    epochs: int,
+    batch_size: int,
+    widths: tuple[int, ...],
+    probe_size: int,
 ) -> dict[str, np.ndarray]:
     """Train runs of one placement and control together; see `train`. `key` says what was computed, for the cache."""
     torch.set_num_threads(1)
@@ -949,10 +997,10 @@ def train(
     cache: str | os.PathLike | None = None,
     progress: str | None = None,
 ) -> Curves:
-    """Train multi-layer perceptrons with Adam and SGSC, many runs at once, and return their `Curves` in order of `runs`.
+    """Train multi-layer perceptrons with Adam and SGSC, many runs at once; return their `Curves` in order of `runs`.
 
     Up to `stack_size` runs are stacked on a leading axis and trained together on one thread, stacks in parallel on
-    `n_jobs` processes (-1: one a core). Run r gives the same numbers, bit for bit, alone and in any stack: it has its own
+    `n_jobs` processes (-1: one a core). Run r gives the same numbers, bit for bit, alone and in any stack: it has own
     generators for its initial weights and its batches. The last batch of an epoch may be smaller, as with a DataLoader.
 
     `probe_size` > 0 also records the loss of the first `probe_size` training rows after every step. `fresh` is a sample
@@ -965,8 +1013,10 @@ def train(
         raise TypeError(f"`runs` should be a non-empty list of Run. Found {runs[:3]!r}.")
     widths = _check_widths(widths)
     if (widths[0], widths[-1] > int(data.y_train.max())) != (data.x_train.shape[1], True):
-        raise ValueError(f"`widths` should start with {data.x_train.shape[1]}, the number of features, and end with at "
-                         f"least {int(data.y_train.max()) + 1}, the number of classes. Found {widths}.")
+        raise ValueError(
+            f"`widths` should start with {data.x_train.shape[1]}, the number of features, and end with at "
+            f"least {int(data.y_train.max()) + 1}, the number of classes. Found {widths}."
+        )
     settings = {
         "epochs": check("epochs", epochs, int, low=1),
         "batch_size": check("batch_size", batch_size, int, low=1, high=len(data.x_train)),
@@ -1003,14 +1053,17 @@ def train(
 
 
 def _with_progress(items: Iterable, total: int, label: str | None) -> Iterator:
-    """Pass `items` on, printing how many are done and about how long the rest takes, a flushed line every 10 seconds."""
+    """Pass `items` on, printing how many are done and about how long the rest takes, a line every 10 seconds."""
     start = last = time.monotonic()
     for done, item in enumerate(items, 1):
         now = time.monotonic()
         if label and (now - last > 10 or done == total):
             left = (now - start) / done * (total - done)
-            print(f"  {label}: {done}/{total} stacks, {now - start:.0f} s so far, about {left:.0f} s left",
-                  file=sys.stderr, flush=True)
+            print(
+                f"  {label}: {done}/{total} stacks, {now - start:.0f} s so far, about {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
             last = now
         yield item
 
@@ -1091,7 +1144,7 @@ def compare_paired(a: Any, b: Any, *, margin: float) -> PairedComparison:
     """Compare paired values a[k], b[k] (same seed), where more is better, against the smallest difference that matters.
 
     - mean difference a − b with 95 % and 90 % t intervals;
-    - `p` of the two-sided sign-flip permutation test of no difference: all 2ⁿ flips to n = 13, 9,999 random ones beyond;
+    - `p` of the two-sided sign-flip permutation test of no difference: all 2ⁿ flips to n = 13, 9,999 random beyond;
     - P(a > b) with a 95 % Wilson interval whose lower end counts ties as losses and upper end as wins;
     - `effect_size`: mean difference in standard deviations of the difference (Cohen's d_z); the pair correlation;
     - `verdict`, in this order: "equivalent" where the 90 % interval lies inside ± `margin` (Schuirmann 1987), "better"
@@ -1110,10 +1163,19 @@ def compare_paired(a: Any, b: Any, *, margin: float) -> PairedComparison:
     difference, n = a - b, len(a)
     mean, deviation = float(difference.mean()), float(difference.std(ddof=1))
     half95, half90 = (float(scipy.stats.t.ppf(q, n - 1)) * deviation / math.sqrt(n) for q in (0.975, 0.95))
-    p = scipy.stats.permutation_test(
-        (difference,), lambda d, axis: np.abs(d.mean(axis)), permutation_type="samples", vectorized=True,
-        n_resamples=9_999, alternative="greater", rng=np.random.default_rng(0),
-    ).pvalue if difference.any() else 1.0
+    p = (
+        scipy.stats.permutation_test(
+            (difference,),
+            lambda d, axis: np.abs(d.mean(axis)),
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=9_999,
+            alternative="greater",
+            rng=np.random.default_rng(0),
+        ).pvalue
+        if difference.any()
+        else 1.0
+    )
     wins, ties = int((difference > 0).sum()), int((difference == 0).sum())
     wilson = [scipy.stats.binomtest(k, n).proportion_ci(method="wilson") for k in (wins, wins + ties)]
     varied = a.std() > 0 and b.std() > 0
@@ -1124,10 +1186,20 @@ def compare_paired(a: Any, b: Any, *, margin: float) -> PairedComparison:
     else:
         verdict = "inconclusive"
     return PairedComparison(
-        n, mean, mean - half95, mean + half95, mean - half90, mean + half90, float(p),
-        (wins + ties / 2) / n, float(wilson[0].low), float(wilson[1].high),
+        n,
+        mean,
+        mean - half95,
+        mean + half95,
+        mean - half90,
+        mean + half90,
+        float(p),
+        (wins + ties / 2) / n,
+        float(wilson[0].low),
+        float(wilson[1].high),
         mean / deviation if deviation else math.copysign(math.inf, mean) if mean else 0.0,
-        float(np.corrcoef(a, b)[0, 1]) if varied else math.nan, margin, verdict,
+        float(np.corrcoef(a, b)[0, 1]) if varied else math.nan,
+        margin,
+        verdict,
     )
 
 
@@ -1150,8 +1222,21 @@ def write_table(frame: pd.DataFrame, path: Path) -> None:
     os.replace(beside, path)
 
 
-CLAIM_COLUMNS = ("id", "claim", "source", "setting", "measure", "n", "estimate", "ci_low", "ci_high", "p", "verdict",
-                 "notebook", "figure")
+CLAIM_COLUMNS = (
+    "id",
+    "claim",
+    "source",
+    "setting",
+    "measure",
+    "n",
+    "estimate",
+    "ci_low",
+    "ci_high",
+    "p",
+    "verdict",
+    "notebook",
+    "figure",
+)
 
 
 def write_claims(rows: Sequence[Mapping[str, Any]], folder: Path, *, notebook: str) -> pd.DataFrame:
@@ -1174,7 +1259,9 @@ def read_table(path: str | os.PathLike, *, made_by: str) -> pd.DataFrame:
     """Read a CSV that another notebook made; where it is missing, the error names the command that makes it."""
     path = ROOT / path
     if not path.exists():
-        raise FileNotFoundError(f"{path} is not there yet: notebook {made_by} makes it. Run: python report/build.py --only {made_by}")
+        raise FileNotFoundError(
+            f"{path} is not there yet: notebook {made_by} makes it. Run: python report/build.py --only {made_by}"
+        )
     return pd.read_csv(path)
 
 
@@ -1187,22 +1274,32 @@ def figure(fig: Any, label: str, *, caption: str, alt: str) -> None:
     from IPython.display import HTML, display
 
     if not alt.strip() or not caption.strip():
-        raise ValueError(f"Figure {label!r} should have a caption and an alternative text. Found {caption!r} and {alt!r}.")
+        raise ValueError(
+            f"Figure {label!r} should have a caption and an alternative text. Found {caption!r} and {alt!r}."
+        )
     buffer = io.BytesIO()
     fig.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(fig)
     source = base64.b64encode(buffer.getvalue()).decode()
-    display(HTML(f'<figure id="fig-{html.escape(label)}"><img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,'
-                 f'{source}"><figcaption>{html.escape(caption)}</figcaption></figure>'))
+    display(
+        HTML(
+            f'<figure id="fig-{html.escape(label)}"><img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,'
+            f'{source}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+        )
+    )
 
 
 def table(frame: pd.DataFrame, label: str, *, caption: str, formats: Mapping[str, str] | None = None) -> None:
-    """Display a table with a caption; `formats` gives a format string a column, such as "{:.3f}". All text is escaped."""
+    """Display a table with a caption; `formats` gives a format string a column, like "{:.3f}". Text is escaped."""
     from IPython.display import HTML, display
 
     shown = frame.copy()
     for column, pattern in (formats or {}).items():
         shown[column] = [pattern.format(value) if pd.notna(value) else "–" for value in frame[column]]
     body = shown.to_html(index=False, border=0, escape=True, na_rep="–")
-    display(HTML(f'<figure id="tbl-{html.escape(label)}" class="table"><figcaption>{html.escape(caption)}</figcaption>'
-                 f'<div class="scroll">{body}</div></figure>'))
+    display(
+        HTML(
+            f'<figure id="tbl-{html.escape(label)}" class="table"><figcaption>{html.escape(caption)}</figcaption>'
+            f'<div class="scroll">{body}</div></figure>'
+        )
+    )

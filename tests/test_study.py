@@ -41,13 +41,15 @@ def small(data: Dataset) -> Dataset:
     return Dataset(*(part[:96] for part in data))
 
 
-# -- data ---------------------------------------------------------------------------------------------------------------
+# -- data --------------------------------------------------------------------------------------------------------------
 
 
 def test_data_have_the_published_hash_shapes_and_types(data):
     assert sgsc_lib.sha256_of(*draw_mnist1d()) == sgsc_lib.DATA_SHA256
     assert [tuple(part.shape) for part in data] == [(3200, 40), (3200,), (800, 40), (800,), (1000, 40), (1000,)]
-    assert {part.dtype for part in data[::2]} == {torch.float32} and {part.dtype for part in data[1::2]} == {torch.int64}
+    assert {part.dtype for part in data[::2]} == {torch.float32} and {part.dtype for part in data[1::2]} == {
+        torch.int64
+    }
 
 
 def test_validation_is_cut_from_training_and_test_stays(data):
@@ -78,7 +80,7 @@ def test_another_data_set_under_the_default_seed_is_refused(monkeypatch):
         draw_mnist1d.__wrapped__(5000, seed=42)
 
 
-# -- model --------------------------------------------------------------------------------------------------------------
+# -- model -------------------------------------------------------------------------------------------------------------
 
 
 def test_mlp_is_pytorchs_own_initialisation_without_its_global_state():
@@ -90,9 +92,14 @@ def test_mlp_is_pytorchs_own_initialisation_without_its_global_state():
     assert torch.equal(state, torch.get_rng_state()) and [type(m) for m in made] == [type(m) for m in own]
 
 
-# -- training -----------------------------------------------------------------------------------------------------------
+# -- training ----------------------------------------------------------------------------------------------------------
 
-RUNS = [Run(s, lr, g, p) for (s, lr), (g, p) in itertools.product([(0, 0.003), (1, 0.02)], [(0.0, "before"), (0.3, "before"), (0.3, "after")])]
+RUNS = [
+    Run(s, lr, g, p)
+    for (s, lr), (g, p) in itertools.product(
+        [(0, 0.003), (1, 0.02)], [(0.0, "before"), (0.3, "before"), (0.3, "after")]
+    )
+]
 RUNS += [Run(0, 0.01, 0.5, p, c) for p in ("before", "after") for c in ("permuted", "layer-mean", "frozen")]
 SHORT = {"epochs": 2, "batch_size": 40, "widths": (40, 24, 10), "probe_size": 8}
 
@@ -112,7 +119,9 @@ def test_a_diverging_run_keeps_its_nans_and_does_not_disturb_its_neighbours(smal
     quiet, wild = Run(0, 0.01, 0.25), Run(1, 1e30, 0.25)
     both, alone = train([quiet, wild], small, n_jobs=1, **SHORT), train([quiet], small, n_jobs=1, **SHORT)
     assert not np.isfinite(both.train_loss[1, -1]) and np.isfinite(both.train_loss[0]).all()
-    assert np.array_equal(both.step_loss[0], alone.step_loss[0]) and np.array_equal(both.train_loss[0], alone.train_loss[0])
+    assert np.array_equal(both.step_loss[0], alone.step_loss[0]) and np.array_equal(
+        both.train_loss[0], alone.train_loss[0]
+    )
 
 
 def by_hand(run: Run, data: Dataset, epochs: int, batch_size: int, widths: tuple) -> list[float]:
@@ -166,11 +175,13 @@ def test_our_adam_is_torchs_adam_bit_for_bit():
 def test_layer_mean_and_permuted_controls_keep_the_mean_gate_and_frozen_keeps_the_first():
     gate = torch.rand(2, 6, 4, generator=torch.Generator().manual_seed(0))
     generators = [torch.Generator().manual_seed(s) for s in (1, 2)]
-    mean, = sgsc_lib._controlled([gate], "layer-mean", None, generators)
-    permuted, = sgsc_lib._controlled([gate], "permuted", None, generators)
+    (mean,) = sgsc_lib._controlled([gate], "layer-mean", None, generators)
+    (permuted,) = sgsc_lib._controlled([gate], "permuted", None, generators)
     first = [torch.ones_like(gate)]
     torch.testing.assert_close(mean[1], gate[1].mean().expand(6, 4))
-    assert torch.equal(permuted.flatten(1).sort().values, gate.flatten(1).sort().values) and not torch.equal(permuted, gate)
+    assert torch.equal(permuted.flatten(1).sort().values, gate.flatten(1).sort().values) and not torch.equal(
+        permuted, gate
+    )
     assert sgsc_lib._controlled([gate], "frozen", first, generators) is first
 
 
@@ -186,8 +197,19 @@ def test_the_cache_answers_for_the_same_code_only(small, tmp_path, monkeypatch):
 
 def test_the_cache_key_covers_every_function_that_training_uses():
     source = sgsc_lib._source_of(sgsc_lib._train_stack)
-    for name in ("_train_stack", "_forward", "_losses", "_evaluate", "adam_step_", "_controlled", "factored_sums", "power_gate",
-                 "_stream", "_stacked_parameters", "mlp"):
+    for name in (
+        "_train_stack",
+        "_forward",
+        "_losses",
+        "_evaluate",
+        "adam_step_",
+        "_controlled",
+        "factored_sums",
+        "power_gate",
+        "_stream",
+        "_stacked_parameters",
+        "mlp",
+    ):
         assert f"def {name}(" in source, name
     assert "BETA2 = 0.999" in source
 
@@ -250,7 +272,7 @@ def test_bad_arguments_are_refused_by_name(small, call, message):
     assert message in str(error.value)
 
 
-# -- measures -----------------------------------------------------------------------------------------------------------
+# -- measures ----------------------------------------------------------------------------------------------------------
 
 
 def test_smoothness_by_hand():
@@ -258,7 +280,9 @@ def test_smoothness_by_hand():
     assert found["total_rise"] == 1.0 and found["upward_share"] == pytest.approx(1 / 3)
     assert found["normalised_total_variation"] == pytest.approx(5 / 3)
     log = np.log([4.0, 2.0, 3.0, 1.0])
-    assert found["roughness"] == pytest.approx(np.mean([(log[2] - 2 * log[1] + log[0]) ** 2, (log[3] - 2 * log[2] + log[1]) ** 2]))
+    assert found["roughness"] == pytest.approx(
+        np.mean([(log[2] - 2 * log[1] + log[0]) ** 2, (log[3] - 2 * log[2] + log[1]) ** 2])
+    )
     change = np.array([-2.0, 1.0, -2.0]) + 1.0
     assert found["lag1_autocorrelation"] == pytest.approx((change[1:] * change[:-1]).sum() / (change**2).sum())
 
@@ -298,11 +322,21 @@ def test_paired_comparison_against_scipy_and_statsmodels():
 def test_sign_flip_p_is_exact_for_few_pairs():
     d = np.array([0.3, 0.1, 0.2, -0.05, 0.4])
     flips = [abs(np.mean(d * signs)) for signs in itertools.product((1, -1), repeat=5)]
-    assert compare_paired(d, np.zeros(5), margin=1e-3).p == pytest.approx(np.mean(np.array(flips) >= abs(d.mean()) - 1e-12))
+    assert compare_paired(d, np.zeros(5), margin=1e-3).p == pytest.approx(
+        np.mean(np.array(flips) >= abs(d.mean()) - 1e-12)
+    )
 
 
-@pytest.mark.parametrize(("shift", "spread", "verdict"), [(0.05, 0.01, "better"), (-0.05, 0.01, "worse"), (0.001, 0.005, "equivalent"),
-                                                          (0.004, 0.001, "equivalent"), (0.005, 0.05, "inconclusive")])
+@pytest.mark.parametrize(
+    ("shift", "spread", "verdict"),
+    [
+        (0.05, 0.01, "better"),
+        (-0.05, 0.01, "worse"),
+        (0.001, 0.005, "equivalent"),
+        (0.004, 0.001, "equivalent"),
+        (0.005, 0.05, "inconclusive"),
+    ],
+)
 def test_the_four_verdicts(shift, spread, verdict):
     noise = np.linspace(-1, 1, 20)
     assert compare_paired(0.6 + shift + spread * noise, np.full(20, 0.6), margin=0.01).verdict == verdict
@@ -313,7 +347,7 @@ def test_equal_arms_are_equivalent_with_p_one():
     assert (found.verdict, found.p, found.effect_size, found.probability_greater) == ("equivalent", 1.0, 0.0, 0.5)
 
 
-# -- results ------------------------------------------------------------------------------------------------------------
+# -- results -----------------------------------------------------------------------------------------------------------
 
 
 def test_tables_are_written_whole_and_a_missing_one_names_its_maker(tmp_path):
@@ -323,7 +357,7 @@ def test_tables_are_written_whole_and_a_missing_one_names_its_maker(tmp_path):
     sgsc_lib.write_table(frame, tmp_path / "t.csv")
     assert sgsc_lib.read_table(tmp_path / "t.csv", made_by="02")["x"].tolist() == frame["x"].tolist()
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
-    with pytest.raises(FileNotFoundError, match="build.py --only 02_tuning"):
+    with pytest.raises(FileNotFoundError, match=r"build\.py --only 02_tuning"):
         sgsc_lib.read_table(tmp_path / "none.csv", made_by="02_tuning")
 
 
