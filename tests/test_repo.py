@@ -1,0 +1,169 @@
+"""What the repository promises: clean notebooks, a lock that agrees, examples that run, numbers that recompute."""
+
+import doctest
+import importlib.metadata
+import re
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import papermill
+import pytest
+import torch
+import yaml
+from packaging.requirements import Requirement
+from statsmodels.stats.weightstats import DescrStatsW
+
+import sgsc_lib
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+FULL = ROOT / "report" / "results" / "full"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_committed_clean_and_small(path):
+    cells = nbformat.read(path, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code), "run `nbstripout` on it"
+    assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ") and "**Question.**" in cells[0].source
+    assert max(len(cell.source.splitlines()) for cell in code) <= 35
+    assert "What this shows, and what it does not" in cells[-1].source and "Try this" in cells[-1].source
+    assert not re.search(r"sys\.path|os\.chdir|^[!%]", "\n".join(cell.source for cell in code), re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_parameter_has_a_type_a_default_and_help(path):
+    source = nbformat.read(path, as_version=4)
+    lines = next(cell.source for cell in source.cells if "parameters" in cell.metadata.get("tags", [])).splitlines()
+    declared = papermill.inspect_notebook(path)
+    assert len(declared) == len(lines), "papermill does not read every line"
+    for name, parameter in declared.items():
+        assert parameter["inferred_type_name"] in {"int", "float", "str", "bool", "list[int]", "list[float]"}, name
+        assert parameter["help"] and parameter["default"], name
+
+
+def test_the_lock_satisfies_the_declared_dependencies_and_the_environment_uses_it():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert lines[-1] == "-e ." and not any("://" in line for line in lines)
+    locked = {Requirement(line).name.lower().replace("_", "-"): Requirement(line) for line in lines[:-1]}
+    for text in importlib.metadata.requires("sgsc"):
+        need = Requirement(text)
+        if need.marker is None or need.marker.evaluate({"extra": "test"}):
+            version = str(locked[need.name.lower().replace("_", "-")].specifier)
+            assert version.startswith("==") and need.specifier.contains(version[2:]), text
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert {"pip": ["-r requirements.txt"]} in environment["dependencies"]
+
+
+def test_documented_examples_run():
+    found = doctest.testmod(sgsc_lib)
+    assert found.attempted > 5 and found.failed == 0
+
+
+def test_the_readmes_example_trains_a_model():
+    source = re.search(r"```python\n(from sgsc_lib import SGSC.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    data = sgsc_lib.load_mnist1d()
+    loader = [(data.x_train[i : i + 128], data.y_train[i : i + 128]) for i in range(0, 1280, 128)]
+    model, loss_fn = sgsc_lib.mlp(seed=0), torch.nn.functional.cross_entropy
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    with torch.no_grad():
+        before = loss_fn(model(data.x_train), data.y_train).item()
+    exec(source, {"model": model, "loader": loader, "loss_fn": loss_fn, "optimizer": optimizer})
+    with torch.no_grad():
+        assert loss_fn(model(data.x_train), data.y_train).item() < before - 0.1
+
+
+# -- the committed results, recomputed by another route (statsmodels) --------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluation() -> pd.DataFrame:
+    return pd.read_csv(FULL / "evaluation.csv")
+
+
+def verdict_of(difference: np.ndarray, margin: float) -> str:
+    """The four-way rule from statsmodels' intervals."""
+    stats = DescrStatsW(difference)
+    low90, high90 = stats.tconfint_mean(alpha=0.10)
+    low95, high95 = stats.tconfint_mean(alpha=0.05)
+    if -margin < low90 and high90 < margin:
+        return "equivalent"
+    return "better" if low95 > 0 else "worse" if high95 < 0 else "inconclusive"
+
+
+def values(frame: pd.DataFrame, measure: str) -> np.ndarray:
+    frame = frame.sort_values("seed")
+    if measure == "test accuracy":
+        return frame["final_test_accuracy"].to_numpy()
+    if measure == "fresh accuracy":
+        return frame["fresh_accuracy"].to_numpy()
+    return (-frame["epoch_total_rise"] if "rise" in measure else -0.5 * np.log(frame["epoch_roughness"])).to_numpy()
+
+
+MARGINS = {"test accuracy": 0.01, "fresh accuracy": 0.01, "smoothness (-log roughness)": np.log(1.1)}
+MARGINS["smoothness (-total rise)"] = 0.05
+
+
+def test_every_paired_comparison_recomputes(evaluation):
+    comparisons = pd.read_csv(FULL / "comparisons.csv")
+    matched = pd.read_csv(FULL / "matched.csv")
+    assert len(comparisons) >= 40 and comparisons["n"].min() >= 32
+    for row in comparisons.itertuples():
+        if "matched" in row.setting:
+            part = matched[(matched["setting"] == row.setting) & (matched["measure"] == row.measure)]
+            difference = (part["a"] - part["b"]).to_numpy()
+        else:
+            a, b = (values(evaluation[evaluation["arm"] == arm], row.measure) for arm in (row.a, row.b))
+            difference = a - b
+        low, high = DescrStatsW(difference).tconfint_mean()
+        np.testing.assert_allclose(
+            [row.mean_difference, row.ci_low, row.ci_high], [difference.mean(), low, high], rtol=1e-6, atol=1e-9
+        )
+        assert row.verdict == verdict_of(difference, MARGINS[row.measure]), (row.setting, row.measure)
+
+
+def test_every_claim_about_a_pair_of_arms_carries_its_comparisons_verdict():
+    claims, comparisons = pd.read_csv(FULL / "claims.csv"), pd.read_csv(FULL / "comparisons.csv")
+    assert tuple(claims.columns) == sgsc_lib.CLAIM_COLUMNS and claims["id"].is_unique
+    assert {"1", "2", "3", "4", "5"} <= {identity[0] for identity in claims["id"]}
+    card = {"confirmed", "contradicted", "equivalent", "inconclusive"}
+    assert set(claims.loc[claims["source"] == "card", "verdict"]) <= card
+    agreeing = {"test accuracy": "worse", "fresh accuracy": "worse"}
+    for row in comparisons.itertuples():
+        same = (claims["setting"] == row.setting) & (claims["measure"] == f"difference in {row.measure}")
+        (verdict,) = claims.loc[same & (claims["notebook"] == "03_evaluation"), "verdict"]
+        if row.verdict in ("better", "worse"):
+            agrees = row.verdict == agreeing.get(row.measure, "better")
+            assert verdict == ("confirmed" if agrees else "contradicted")
+        else:
+            assert verdict == row.verdict
+
+
+def test_the_attribution_recomputes_and_its_parts_add_up(evaluation):
+    attribution = pd.read_csv(FULL / "attribution.csv")
+    rho = {arm: -values(frame, "smoothness (-log roughness)") for arm, frame in evaluation.groupby("arm")}
+    corners = {
+        "card's values": ("card's Adam", "card's SGSC", "card's Adam at SGSC's rate", "card's SGSC at Adam's rate")
+    }
+    for place in ("before", "after"):
+        corners[f"tuned, {place}"] = (
+            "Adam",
+            f"SGSC {place}",
+            f"Adam at {place}'s rate",
+            f"SGSC {place} at Adam's rate",
+        )
+    for contrast, (adam, sgsc, slow, fast) in corners.items():
+        part = attribution[attribution["contrast"] == contrast].set_index("part")
+        total, rate, gate = (rho[arm] - rho[adam] for arm in (sgsc, slow, fast))
+        by_hand = {"total": total, "learning rate": rate, "γ": gate, "interaction": total - rate - gate}
+        for name, difference in by_hand.items():
+            low, high = DescrStatsW(difference).tconfint_mean()
+            row = part.loc[name]
+            np.testing.assert_allclose(
+                [row["estimate"], row["ci_low"], row["ci_high"]], [difference.mean(), low, high], rtol=1e-6, atol=1e-9
+            )
+        assert part.loc["total", "estimate"] == pytest.approx(
+            part.loc[["learning rate", "γ", "interaction"], "estimate"].sum()
+        )
