@@ -37,6 +37,7 @@ import yaml
 from nbclient.exceptions import DeadKernelError
 from page import BuildError, duration, render
 from papermill.exceptions import PapermillExecutionError
+from summary import findings, update_readme
 from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -264,10 +265,13 @@ def build(profile: str, only: str | None = None, root: Path = ROOT) -> Path | No
         if path.name not in manifest["results"]:
             print(f"{path} is older than this run: no notebook writes it, and the page leaves it out.", file=sys.stderr)
     data = [place.results / name for name in [*manifest["results"], "manifest.json"]]
-    html = render({stem: place.executed(stem) for stem in plan}, manifest, data)
+    claims = place.results / "claims.csv"
+    html = render({stem: place.executed(stem) for stem in plan}, manifest, data, findings(claims))
     beside = place.page.with_suffix(".html.part")
     beside.write_text(html, encoding="utf-8")
     os.replace(beside, place.page)
+    if profile == "full" and (root / "README.md").exists():
+        update_readme(root / "README.md", claims)
     print(f"{place.page}: {len(html.encode()) / 1e6:.2f} MB")
     return place.page
 

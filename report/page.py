@@ -155,13 +155,14 @@ def number(html: str, known: list[str]) -> dict[str, Any]:
     return {"html": str(soup), "contents": contents}
 
 
-def render(executed: dict[str, Path], manifest: dict[str, Any], data: list[Path]) -> str:
-    """Return the page: the executed notebooks as its sections, `data` as downloads, `manifest` as how it was made."""
+def render(executed: dict[str, Path], manifest: dict[str, Any], data: list[Path], findings: str = "") -> str:
+    """Return the page: `findings` (Markdown), the executed notebooks as sections, `data` as downloads, the manifest."""
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(pypandoc.get_pandoc_path()), os.environ.get("PATH", "")])
     script = (TEMPLATE / "page.js").read_text(encoding="utf-8")
     digest = hashlib.sha256(script.encode()).digest()
     page = {
         "manifest": manifest,
+        "findings": findings,
         "style": (TEMPLATE / "page.css").read_text(encoding="utf-8"),
         "script": script,
         "script_hash": base64.b64encode(digest).decode(),  # the only script that the page lets run
