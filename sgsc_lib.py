@@ -1293,7 +1293,7 @@ def table(frame: pd.DataFrame, label: str, *, caption: str, formats: Mapping[str
     """Display a table with a caption; `formats` gives a format string a column, like "{:.3f}". Text is escaped."""
     from IPython.display import HTML, display
 
-    shown = frame.copy()
+    shown = frame.rename_axis(columns=None)  # pandas would print the axis's name as one more column
     for column, pattern in (formats or {}).items():
         shown[column] = [pattern.format(value) if pd.notna(value) else "–" for value in frame[column]]
     body = shown.to_html(index=False, border=0, escape=True, na_rep="–")
