@@ -54,7 +54,8 @@ def abstract(claims: pd.DataFrame) -> list[str]:
 
     seeds = int(row["2-before-tuned"]["n"])
     return [
-        f"With both tuned by equal searches, over {seeds} paired seeds, the card's method is rougher than Adam, not smoother "
+        f"With both tuned by equal searches, over {seeds} paired seeds, the card's method is rougher than Adam, "
+        f"not smoother "
         f"({say('1-before-tuned')}), and about as accurate: {say('2-before-tuned')} as «less accurate», and "
         f"{say('2f-before-tuned')} on a fresh test draw.",
         f"The card's own two settings do behave as it says ({say('2-card-values')} as «less accurate»; "
@@ -64,8 +65,10 @@ def abstract(claims: pd.DataFrame) -> list[str]:
         f"{shown(row['2-card-common-lr-sgsc'])}.",
         f"The best γ before Adam is {say('3-before-tuned')} as «close to 0», and SGSC's best learning rate is "
         f"{say('4-before-tuned')} as «lower than Adam's».",
-        f"Behind Adam the same gate is another method: with a learning rate {shown(row['4-after-tuned'])} that of Adam it "
-        f"beats it by {shown(row['2-after-tuned'])} of test accuracy and {shown(row['2f-after-tuned'])} on the fresh draw, "
+        f"Behind Adam the same gate is another method: with a learning rate {shown(row['4-after-tuned'])} that "
+        f"of Adam it "
+        f"beats it by {shown(row['2-after-tuned'])} of test accuracy and {shown(row['2f-after-tuned'])} on the "
+        f"fresh draw, "
         f"and its look-alikes at the same rate by {say('6-after-permuted')} (gates shuffled over parameters), "
         f"{say('6-after-layer-mean')} (their layer means) and {say('6-after-frozen')} (frozen at the first step).",
         "A low c marks a noisy gradient only weakly (rank correlation with the signal-to-noise ratio "

@@ -282,6 +282,14 @@ def test_an_inactive_unit_caps_c():
     assert measured(model, x, y)["0.weight"].item() == 0.75
 
 
+def test_the_uses_of_a_token_add_up_before_the_sign_and_padding_has_none():
+    model = nn.Sequential(nn.Embedding(4, 1, padding_idx=0), nn.Flatten())
+    tokens = torch.tensor([[1, 1, 0], [1, 2, 0]])
+    errors = torch.tensor([[3.0, -1.0, 1.0], [-1.0, 5.0, 1.0]])  # token 1: 3 - 1 > 0 in sample 0, -1 < 0 in sample 1
+    c = measured(model, tokens, errors, lambda model, x, y: (model(x) * y).sum())
+    assert c["0.weight"].flatten().tolist() == [0, 0, 0.5, 0]
+
+
 def test_nan_gradients_count_as_sign_zero():
     assert torch.tensor([math.nan, -math.nan]).sign().tolist() == [0, 0]  # what all rules rely on
     model, x, y = toy()
@@ -441,6 +449,7 @@ def test_a_batch_in_parts_equals_one_pass(problem, size):
     sgsc = SGSC(model, gamma=1.0)
     for x_part, y_part in zip(x.split(size), y.split(size), strict=True):
         loss_of(model, x_part, y_part).backward()
+        sgsc.consistency()  # reading it in between changes nothing
     assert_consistency(sgsc.consistency(), per_sample_gradients(model, x, y))
     assert (sgsc.summary()["samples"] == len(x)).all()
 
@@ -625,9 +634,7 @@ def test_batch_norm_is_served_in_eval_mode():
 
 def test_a_hook_that_replaces_an_output_is_seen_through():
     model, x, y = toy()
-    signs = torch.ones(1, 7, dtype=torch.float64)
-    signs[0, ::2] = 0
-    model[0].register_forward_hook(lambda _, args, output: output * signs)
+    model[0].register_forward_hook(lambda _, args, output: output * args[0][:, :1].sign())
     assert_consistency(measured(model, x, y), per_sample_gradients(model, x, y))
 
 
@@ -951,15 +958,24 @@ def test_a_gradient_scaler_leaves_c_unchanged():
         torch.testing.assert_close(p, q)
 
 
+def small_language_model() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(5)
+    body = [nn.Embedding(9, 4), nn.LayerNorm(4), Residual(nn.Linear(4, 4), nn.ReLU(inplace=True)), MeanOverTime()]
+    model = nn.Sequential(*body, nn.Linear(4, CLASSES)).double()
+    return model, torch.randint(9, (6, 5)), torch.randint(CLASSES, (6,))
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_a_model_compiled_after_sgsc_was_built_gives_the_same_c(backend, in_place):
+@pytest.mark.parametrize("build", [toy, small_language_model])
+def test_a_model_compiled_after_sgsc_was_built_gives_the_same_c(build, backend, in_place):
     torch._dynamo.reset()
-    model, x, y = toy()
+    model, x, y = build()
     expected = measured(model, x, y)
     sgsc = SGSC(model, gamma=1.0)
-    model.compile(backend=backend) if in_place else None
     compiled = model if in_place else torch.compile(model, backend=backend)
+    if in_place:
+        model.compile(backend=backend)
     for _ in range(2):
         model.zero_grad()
         loss_of(compiled, x, y).backward()
