@@ -234,9 +234,11 @@ def test_bfloat16_counts_exactly_and_keeps_its_dtype(problem, placement):
     assert all(p.dtype == p.grad.dtype == torch.bfloat16 and p.isfinite().all() for p in model.parameters())
 
 
-def test_bfloat16_sums_beyond_256_samples():
-    model = nn.Linear(2, 2).bfloat16()
-    x, y = torch.rand(1, 2).bfloat16().expand(1001, 2), torch.zeros(1001, dtype=torch.int64)
+@pytest.mark.parametrize("layer, shape", [(nn.Linear(2, 2), (2,)), (nn.Linear(2, 2), (3, 2)), (nn.LayerNorm(2), (2,))])
+def test_bfloat16_sums_beyond_256_samples(layer, shape):
+    torch.manual_seed(0)
+    model = nn.Sequential(layer, nn.Flatten()).bfloat16()
+    x, y = torch.rand(1, *shape).bfloat16().expand(1001, *shape), torch.zeros(1001, dtype=torch.int64)
     assert all((c == 1).all() for c in measured(model, x, y).values())  # 1001 is no bfloat16
 
 
