@@ -316,10 +316,12 @@ def linear_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[str, 
     whose sign does not factor, so it is built, [out, in] a sample, chunk by chunk."""
     inputs, errors = (t.reshape(len(t), -1, t.shape[-1]) for t in (inputs, errors))  # [B, T, in], [B, T, out]
     if inputs.shape[1] == 1:  # one outer product a sample, as for [B, in]
-        a, delta = inputs.squeeze(1), errors.squeeze(1)
-        weight, bias = factored_sums(a.sign().float(), delta.sign().float())
-        rows = delta.count_nonzero(1)
-        return {"weight": (weight, (rows * a.count_nonzero(1)).sum()), "bias": (bias, rows.sum())}
+        a, delta = inputs.squeeze(1).sign().float(), errors.squeeze(1).sign().float()
+        weight, bias = factored_sums(a, delta, lambda signs: signs)
+        columns, rows = (
+            (signs * signs).sum(1).long() for signs in (a, delta)
+        )  # non-zero entries; count_nonzero is slower
+        return {"weight": (weight, torch.dot(rows, columns)), "bias": (bias, rows.sum())}
     weight = torch.zeros_like(module.weight, dtype=torch.float32)
     active = torch.zeros((), dtype=torch.int64, device=weight.device)
     for part in _chunks(inputs, errors, weight.numel()):
@@ -605,8 +607,9 @@ class SGSC:
             sums, active = {}, {}
             parameters = self._parameters()
             for name, p in parameters.items():
-                sums[name] = self._sums.get(name, torch.zeros_like(p, dtype=torch.float32))
-                active[name] = self._active.get(name, zero.to(p.device))
+                seen = name in self._sums
+                sums[name] = self._sums[name] if seen else torch.zeros_like(p, dtype=torch.float32)
+                active[name] = self._active[name] if seen else zero.to(p.device)
             samples = torch.tensor(self._samples, device=next(iter(sums.values())).device if sums else None)
             if self._group is not None:
                 sums = {name: tensor.clone() for name, tensor in sums.items()}  # this process's own sums stay
@@ -1249,7 +1252,7 @@ def write_claims(rows: Sequence[Mapping[str, Any]], folder: Path, *, notebook: s
         raise ValueError(f"claims should have the columns {CLAIM_COLUMNS}. Found {tuple(own.columns)}.")
     path, own = folder / "claims.csv", own[list(CLAIM_COLUMNS)]
     if path.exists():
-        others = pd.read_csv(path)
+        others = pd.read_csv(path, dtype={"id": str, "notebook": str}, float_precision="round_trip")
         own = pd.concat([others[others["notebook"] != notebook], own])
     write_table(own.sort_values("id", kind="stable"), path)
     return own[own["notebook"] == notebook]
@@ -1262,7 +1265,7 @@ def read_table(path: str | os.PathLike, *, made_by: str) -> pd.DataFrame:
         raise FileNotFoundError(
             f"{path} is not there yet: notebook {made_by} makes it. Run: python report/build.py --only {made_by}"
         )
-    return pd.read_csv(path)
+    return pd.read_csv(path, float_precision="round_trip")
 
 
 def figure(fig: Any, label: str, *, caption: str, alt: str) -> None:

@@ -90,7 +90,7 @@ def findings(claims_csv: Path) -> str:
         f"| {row['claim']} | {row['setting']} | {row['n']} | {shown(row)} | {row['verdict']} |"
         for _, row in card.iterrows()
     ]
-    return "\n\n".join([" ".join(abstract(claims)), "\n".join(lines)])
+    return "\n\n".join(["\n".join(f"- {sentence}" for sentence in abstract(claims)), "\n".join(lines)])
 
 
 def update_readme(readme: Path, claims_csv: Path) -> None:
