@@ -23,8 +23,12 @@ test: .venv/installed    ## the whole test suite
 lab: .venv/installed     ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
 
-bench: .venv/installed   ## time SGSC against its peers, in an environment of their own
-	@echo "see benchmarks/README.md"
+benchmarks/.venv/installed: benchmarks/requirements.txt
+	$(PYTHON) -m venv benchmarks/.venv && benchmarks/.venv/bin/pip install --quiet --no-deps -r benchmarks/requirements.txt
+	benchmarks/.venv/bin/pip install --quiet --no-deps -e . && touch $@
+
+bench: benchmarks/.venv/installed  ## time SGSC and the study's engine against their peers, in an environment of their own
+	cd benchmarks && .venv/bin/python bench_statistic.py && .venv/bin/python bench_training.py
 
 # torch's CPU build adds a local version to its number, which other machines would not find.
 lock: .venv/installed    ## write requirements.txt anew from pyproject.toml
