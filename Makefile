@@ -28,7 +28,8 @@ benchmarks/.venv/installed: benchmarks/requirements.txt
 	benchmarks/.venv/bin/pip install --quiet --no-deps -e . && touch $@
 
 bench: benchmarks/.venv/installed  ## time SGSC and the study's engine against their peers, in an environment of their own
-	cd benchmarks && .venv/bin/python bench_statistic.py && .venv/bin/python bench_training.py
+	cd benchmarks && .venv/bin/python bench_statistic.py && .venv/bin/python bench_training.py \
+	  && .venv/bin/python summary.py
 
 # torch's CPU build adds a local version to its number, which other machines would not find.
 lock: .venv/installed    ## write requirements.txt anew from pyproject.toml
