@@ -421,7 +421,7 @@ class SGSC:
 
     @staticmethod
     def _owned(module: nn.Module) -> dict[str, nn.Parameter]:
-        return dict(module.named_parameters(recurse=False))
+        return {name: p for name, p in module._parameters.items() if p is not None}
 
     def _refuse_unsupported(self) -> None:
         def refuse(name: str, module: nn.Module, reason: str, way_out: str) -> None:
@@ -632,7 +632,8 @@ class SGSC:
             self._reduced = sums, active, int(samples)
         return self._reduced
 
-    def _gates(self) -> dict[str, Tensor]:
+    def _gates(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each parameter with its gate, one at a time: all gates at once would take the parameters' memory again."""
         gamma = check("gamma", self.gamma, float, low=0.0)
         if self._gated and self._group is None:
             raise RuntimeError("This statistic was used already: call loss.backward() again before the next gate.")
@@ -640,8 +641,8 @@ class SGSC:
             self._start_statistic()
         sums, _, samples = self._statistic()
         self._gated = True
-        parameters = self._parameters()
-        return {name: power_gate(s.to(_statistic_dtype(parameters[name])), samples, gamma) for name, s in sums.items()}
+        for name, p in self._parameters().items():
+            yield p, power_gate(sums[name].to(_statistic_dtype(p)), samples, gamma)
 
     def consistency(self) -> dict[str, Tensor]:
         """{parameter name: c, [*shape] in [0, 1]} of the samples since the gradients were last cleared.
@@ -655,10 +656,9 @@ class SGSC:
     @torch.no_grad()
     def scale_gradients_(self) -> None:
         """p.grad ← p.grad · c ** γ, in place (the card's method). Call after `backward()`, before clipping."""
-        parameters = self._parameters()
-        for name, gate in self._gates().items():
-            if (gradient := parameters[name].grad) is not None:
-                gradient.mul_(gate)
+        for p, gate in self._gates():
+            if p.grad is not None:
+                p.grad.mul_(gate)
 
     @contextmanager
     def scaled_update(self) -> Iterator[None]:
@@ -667,15 +667,11 @@ class SGSC:
         All that the step does to a parameter is gated, decoupled weight decay included. Holds a copy of the parameters
         for the length of the step; c = 1 gives the ungated step bit for bit.
         """
-        parameters = self._parameters()
-        gates = self._gates()
-        before = {name: parameters[name].detach().clone() for name in gates}
+        gated = [(p, gate.to(p.dtype), p.detach().clone()) for p, gate in self._gates()]
         yield
         with torch.no_grad():
-            for name, gate in gates.items():
-                p = parameters[name]
-                gate = gate.to(p.dtype)
-                p.copy_(torch.where(gate == 1, p, torch.lerp(before[name], p, gate)))  # lerp alone: ∞ and -0 change
+            for p, gate, before in gated:
+                p.copy_(torch.where(gate == 1, p, torch.lerp(before, p, gate)))  # lerp alone: ∞ and -0 change
 
     def summary(self) -> pd.DataFrame:
         """One tidy row a parameter: `parameter, entries, samples`; of c the `mean`, the quantiles `q05, q25, q50, q75,
