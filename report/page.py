@@ -92,6 +92,8 @@ def markdown(context, source: str) -> str:
         formula.semantics.unwrap()
         if formula["display"] == "block" and "equation" not in formula.parent.get("class", []):
             formula.wrap(soup.new_tag("span", attrs={"class": "equation"}))
+    for table in soup.find_all("table"):
+        table.wrap(soup.new_tag("div", attrs={"class": "scroll"}))
     return str(soup)
 
 
@@ -140,8 +142,6 @@ def number(html: str, known: list[str]) -> dict[str, Any]:
         heading.append(link(target, list(heading.contents)))
     for table in soup.find_all("table"):
         table.attrs.pop("border", None)  # pandas writes it, HTML no longer has it
-        if not table.find_parent(class_="scroll"):
-            table.wrap(soup.new_tag("div", attrs={"class": "scroll"}))
     for tag in soup.find_all(id=True):
         if tag["id"] in ids:
             fail(tag, f"there is a second {tag['id']} on the page. Rename one of the two.")
