@@ -35,7 +35,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -195,15 +195,11 @@ def mlp(widths: Sequence[int] = (40, 128, 128, 10), *, seed: int) -> nn.Sequenti
 # The definition: per-sample gradients and their sign consistency
 # ======================================================================================================================
 
-BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
-
-def _coupled(model: nn.Module) -> str | None:
-    """Name the first module that makes one sample's output depend on another's, if there is one."""
-    for name, module in model.named_modules():
-        if isinstance(module, BATCH_NORMS) and (module.training or not module.track_running_stats):
-            return f"'{name}' ({type(module).__name__}, training mode)"
-    return None
+def _couples_samples(module: nn.Module) -> bool:
+    """Whether it makes one sample's output depend on another's: batch normalisation by the batch's own statistics."""
+    batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    return batch_norm and (module.training or not module.track_running_stats)
 
 
 def per_sample_gradients(
@@ -220,8 +216,12 @@ def per_sample_gradients(
     the parameters that require a gradient. `chunk_size` bounds how many samples are differentiated at once. Works for
     any model without coupling between samples; raises ValueError naming the module where there is such a coupling.
     """
-    if coupled := _coupled(model):
-        raise ValueError(f"`model` should treat samples independently. Found {coupled}: call model.eval() first.")
+    for name, module in model.named_modules():
+        if _couples_samples(module):
+            raise ValueError(
+                f"`model` should treat samples independently. Found '{name}' ({type(module).__name__}, training mode): "
+                "call model.eval() first."
+            )
     if len(x) != len(y):
         raise ValueError(f"`y` should have as many rows as `x`, {len(x)}. Found {len(y)}.")
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -278,16 +278,25 @@ def factored_sums(inputs: Tensor, errors: Tensor, f: Callable[[Tensor], Tensor] 
 
 
 def power_gate(sign_sums: Tensor, batch_size: int, gamma: float | Tensor) -> Tensor:
-    """c ** γ from Σ_i sign(g_i): integers in [-B, B], so a table of B + 1 powers and a look-up replace P powers.
+    """c ** γ from Σ_i sign(g_i): integers in [-B, B], so a table of 2B + 1 powers and a look-up replace P powers.
 
-    `sign_sums` is [*shape] with a number `gamma`, or [R, *shape] with one gamma a run as a float64 tensor [R].
-    Returns the gate in the same shape and dtype. Raises ValueError for a negative or non-finite number `gamma`.
+    `sign_sums` is [*shape] with a number `gamma`, or [R, *shape] with one gamma a run as a tensor [R].
+    Returns the gate in the same shape and dtype. Raises ValueError for a negative or non-finite `gamma`.
     """
-    if not isinstance(gamma, Tensor):
-        gamma = torch.tensor([check("gamma", gamma, float, low=0.0)], dtype=torch.float64)
-    levels = torch.arange(batch_size + 1, dtype=torch.float64) / batch_size  # [B+1]
-    table = (levels ** gamma.to(torch.float64).unsqueeze(1)).to(sign_sums)  # [R, B+1]
-    return table.gather(1, sign_sums.abs().long().view(len(gamma), -1)).view_as(sign_sums)
+    gammas = tuple(gamma.tolist()) if isinstance(gamma, Tensor) else (gamma,)
+    levels = 2 * batch_size + 1
+    table = _power_table(batch_size, gammas, sign_sums.dtype, sign_sums.device)  # [R · (2B + 1)]
+    row = sign_sums.to(torch.int32).add_(batch_size).view(len(gammas), -1)
+    if len(gammas) > 1:
+        row += torch.arange(0, len(table), levels, dtype=torch.int32, device=table.device).unsqueeze(1)
+    return table.index_select(0, row.view(-1)).view_as(sign_sums)
+
+
+@lru_cache(maxsize=64)
+def _power_table(batch_size: int, gammas: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    exponents = [check("gamma", gamma, float, low=0.0) for gamma in gammas]
+    levels = torch.arange(-batch_size, batch_size + 1, dtype=torch.float64).abs() / batch_size
+    return (levels ** torch.tensor(exponents, dtype=torch.float64).unsqueeze(1)).flatten().to(device, dtype)
 
 
 # ======================================================================================================================
@@ -314,14 +323,12 @@ def _chunks(inputs: Tensor, errors: Tensor, entries: int) -> Iterator[slice]:
 def linear_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Rule for `nn.Linear`: factored on [B, in]; on [B, ..., in] sample i's gradient is a sum of outer products,
     whose sign does not factor, so it is built, [out, in] a sample, chunk by chunk."""
-    inputs, errors = (t.reshape(len(t), -1, t.shape[-1]) for t in (inputs, errors))  # [B, T, in], [B, T, out]
-    if inputs.shape[1] == 1:  # one outer product a sample, as for [B, in]
-        a, delta = inputs.squeeze(1).sign().float(), errors.squeeze(1).sign().float()
+    if inputs[0].numel() == inputs.shape[-1]:  # one outer product a sample
+        a, delta = (t.view(len(t), t.shape[-1]).sign().float() for t in (inputs, errors))
         weight, bias = factored_sums(a, delta, lambda signs: signs)
-        columns, rows = (
-            (signs * signs).sum(1).long() for signs in (a, delta)
-        )  # non-zero entries; count_nonzero is slower
+        columns, rows = (torch.linalg.vecdot(signs, signs).double() for signs in (a, delta))  # non-zero entries
         return {"weight": (weight, torch.dot(rows, columns)), "bias": (bias, rows.sum())}
+    inputs, errors = (t.reshape(len(t), -1, t.shape[-1]) for t in (inputs, errors))  # [B, T, in], [B, T, out]
     weight = torch.zeros_like(module.weight, dtype=torch.float32)
     active = torch.zeros((), dtype=torch.int64, device=weight.device)
     for part in _chunks(inputs, errors, weight.numel()):
@@ -346,6 +353,28 @@ def embedding_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[st
     weight = torch.zeros_like(module.weight, dtype=torch.float32)
     weight.index_add_(0, token_of, gradients.sign().float())
     return {"weight": (weight, gradients.count_nonzero())}
+
+
+def convolution_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Rule for `nn.Conv1d` and `nn.Conv2d`: a convolution is a Linear layer on the patches of its input, so sample i's
+    weight gradient is one product of its errors [out, L] and its patches [L, in · kernel], a group at a time."""
+    (out, *kernel), groups, weight = module.weight.shape, module.groups, module.weight
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    inputs = F.pad(inputs.to(errors.dtype), module._reversed_padding_repeated_twice, mode=mode)
+    dilation, stride = module.dilation, module.stride
+    if inputs.ndim == 3:  # Conv1d is Conv2d on a height of 1
+        inputs, kernel, dilation, stride = inputs.unsqueeze(2), [kernel[0], 1, kernel[1]], (1, *dilation), (1, *stride)
+    errors = errors.flatten(2)  # [B, out, L]
+    sums = torch.zeros_like(weight, dtype=torch.float32)
+    active = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for part in _chunks(inputs, errors, max(weight.numel(), groups * math.prod(kernel) * errors.shape[-1])):
+        patches = F.unfold(inputs[part], kernel[1:], dilation, 0, stride)  # [b, in · kernel, L]
+        patches = patches.unflatten(1, (groups, -1))
+        gradients = errors[part].unflatten(1, (groups, -1)) @ patches.mT  # [b, groups, out / groups, in / groups · kernel]
+        sums += _sign_sum(gradients).view_as(sums)
+        active += gradients.count_nonzero()
+    bias = errors.sum(2)  # [B, out]
+    return {"weight": (sums, active), "bias": (_sign_sum(bias), bias.count_nonzero())}
 
 
 def per_sample_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -397,7 +426,8 @@ class SGSC:
     rules: dict[type, Rule] = {  # noqa: RUF012 - a table that users extend
         nn.Linear: linear_rule,
         nn.Embedding: embedding_rule,
-        **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.LayerNorm, nn.GroupNorm), per_sample_rule),
+        **dict.fromkeys((nn.Conv1d, nn.Conv2d), convolution_rule),
+        **dict.fromkeys((nn.LayerNorm, nn.GroupNorm), per_sample_rule),
         **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), per_sample_rule),  # in eval mode only
     }
 
@@ -407,6 +437,11 @@ class SGSC:
         self.gamma = check("gamma", gamma, float, low=0.0)
         self._model, self._group = model, process_group
         self._refuse_unsupported()
+        self._batch_norms = [
+            (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        ]
         self._pass: _Pass | None = None  # the forward pass under way
         self._start_statistic()
         # prepend=True: another hook may replace the output, and the rules need the layer's own.
@@ -435,7 +470,7 @@ class SGSC:
                 refuse(name, module, "hooks set after torch.compile are not run", "Build SGSC first, then compile")
             if isinstance(module, nn.DataParallel):
                 refuse(name, module, "it runs on copies of the model", "Use DistributedDataParallel")
-            if isinstance(module, BATCH_NORMS) and (module.training or not module.track_running_stats):
+            if _couples_samples(module):
                 refuse(name, module, "in training mode it couples the samples", "Call its eval(), or use GroupNorm")
             if any(nn.parameter.is_lazy(p) for p in owned.values()):
                 refuse(name, module, "its parameters are not initialised yet", "Run the model once first")
@@ -461,8 +496,8 @@ class SGSC:
     # -- hooks ---------------------------------------------------------------------------------------------------------
 
     def _start_pass(self, rows: int) -> _Pass:
-        for name, module in self._model.named_modules():  # train() may have been called since construction
-            if isinstance(module, BATCH_NORMS) and module.training:
+        for name, module in self._batch_norms:  # train() may have been called since construction
+            if _couples_samples(module):
                 raise ValueError(
                     f"SGSC does not serve '{name}' ({type(module).__name__}) in training mode: it couples "
                     "the samples. Call its eval(), or use GroupNorm."
@@ -569,7 +604,9 @@ class SGSC:
             self._reduced = None
         if not this.rows:  # an empty shard
             return
-        with torch.no_grad(), torch.autocast(errors.device.type, enabled=False):
+        kind = errors.device.type
+        autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        with torch.no_grad(), autocast:
             found = self.rules[type(module)](module, inputs, errors)
             for key in (key for key, p in self._owned(module).items() if p.requires_grad):
                 if key not in found:
@@ -585,38 +622,35 @@ class SGSC:
 
     # -- the statistic and its uses ------------------------------------------------------------------------------------
 
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self._model.named_parameters() if p.requires_grad}
-
     def _cleared(self) -> bool:
         """Whether the gradients were cleared: None, or all zero (set_to_none=False) although some sample's were not."""
-        gradients = [p.grad for p in self._parameters().values() if p.grad is not None]
+        gradients = [p.grad for p in self._model.parameters() if p.requires_grad and p.grad is not None]
         return not gradients or (not any(g.any() for g in gradients) and any(self._active.values()))
 
     def _start_statistic(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._active: dict[str, Tensor] = {}
         self._samples = 0
-        self._reduced: tuple[dict[str, Tensor], dict[str, Tensor], int] | None = None
+        self._reduced: tuple[dict[str, nn.Parameter], dict[str, Tensor], dict[str, Tensor], int] | None = None
         self._gated = False
 
-    def _statistic(self) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
-        """Sign sums and active counts by parameter, and the number of samples, of all processes together."""
+    def _statistic(self) -> tuple[dict[str, nn.Parameter], dict[str, Tensor], dict[str, Tensor], int]:
+        """Parameters, sign sums and active counts by name, and the number of samples, of all processes together."""
         if self._reduced is None:
-            zero = torch.zeros((), dtype=torch.int64)
-            sums, active = {}, {}
-            parameters = self._parameters()
+            sums, active, samples = {}, {}, self._samples
+            parameters = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
             for name, p in parameters.items():
                 seen = name in self._sums
                 sums[name] = self._sums[name] if seen else torch.zeros_like(p, dtype=torch.float32)
-                active[name] = self._active[name] if seen else zero.to(p.device)
-            samples = torch.tensor(self._samples, device=next(iter(sums.values())).device if sums else None)
+                active[name] = self._active[name] if seen else torch.zeros((), dtype=torch.int64, device=p.device)
             if self._group is not None:
                 sums = {name: tensor.clone() for name, tensor in sums.items()}  # this process's own sums stay
-                active = {name: tensor.clone() for name, tensor in active.items()}
-                tensors = (samples, *sums.values(), *active.values())
+                active = {name: tensor.to(torch.int64, copy=True) for name, tensor in active.items()}
+                total = torch.tensor(samples, device=next(iter(sums.values())).device if sums else None)
+                tensors = (total, *sums.values(), *active.values())
                 for work in [dist.all_reduce(tensor, group=self._group, async_op=True) for tensor in tensors]:
                     work.wait()
+                samples = int(total)
             if not samples:
                 raise RuntimeError(
                     "No statistic yet: call loss.backward() first. A model compiled and run before SGSC "
@@ -629,7 +663,7 @@ class SGSC:
                         "outside that module, or was frozen when SGSC was built. Build SGSC anew, or "
                         "use per_sample_gradients."
                     )
-            self._reduced = sums, active, int(samples)
+            self._reduced = parameters, sums, active, samples
         return self._reduced
 
     def _gates(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
@@ -639,9 +673,9 @@ class SGSC:
             raise RuntimeError("This statistic was used already: call loss.backward() again before the next gate.")
         if self._gated:  # this process had no batch since then, others may have: it takes part with no samples
             self._start_statistic()
-        sums, _, samples = self._statistic()
+        parameters, sums, _, samples = self._statistic()
         self._gated = True
-        for name, p in self._parameters().items():
+        for name, p in parameters.items():
             yield p, power_gate(sums[name].to(_statistic_dtype(p)), samples, gamma)
 
     def consistency(self) -> dict[str, Tensor]:
@@ -649,8 +683,7 @@ class SGSC:
 
         float64 for float64 parameters, float32 otherwise. Raises RuntimeError before the first backward pass.
         """
-        sums, _, samples = self._statistic()
-        parameters = self._parameters()
+        parameters, sums, _, samples = self._statistic()
         return {name: s.to(_statistic_dtype(parameters[name])).abs() / samples for name, s in sums.items()}
 
     @torch.no_grad()
@@ -677,7 +710,7 @@ class SGSC:
         """One tidy row a parameter: `parameter, entries, samples`; of c the `mean`, the quantiles `q05, q25, q50, q75,
         q95` and `share_zero`, the share of entries with c = 0; `active_share`, the share of (sample, entry) pairs with
         a non-zero gradient, which caps c; and `noise_floor`, E[c] under random signs at this number of samples."""
-        _, active, samples = self._statistic()
+        _, _, active, samples = self._statistic()
         rows = []
         for name, c in self.consistency().items():
             values = c.detach().cpu().double().flatten().numpy()
