@@ -35,25 +35,29 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import joblib
 import numpy as np
+import optuna
 import pandas as pd
 import scipy
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from optuna.distributions import BaseDistribution, distribution_to_json
+from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent
-CACHE = ROOT / ".cache" / "runs"
+CACHE = Path(os.environ.get("SGSC_CACHE", ROOT / ".cache"))  # of trained runs and of tuning; safe to delete
 PLACEMENTS = ("before", "after")
 CONTROLS = ("none", "permuted", "layer-mean", "frozen")
+SCHEDULES = ("constant", "cosine")
 
 
 def check(name: str, value: Any, kind: type, low: float | None = None, high: float | None = None) -> Any:
@@ -80,6 +84,60 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> Any:
     if value not in choices:
         raise ValueError(f"`{name}` should be one of {', '.join(map(repr, choices))}. Found {value!r}.")
     return value
+
+
+KINDS = {"int": int, "float": float, "str": str, "bool": bool}
+
+
+def coerce(value: Any, kind: str) -> Any:
+    """Return a parameter's `value` as the declared type `kind`: int, float, str, bool or list[…] of one, not empty.
+
+    Raises ValueError that says what it should be and what was found. Text that reads as a float becomes one where a
+    float is declared, because YAML 1.1 takes 1e-3 for text.
+    """
+    if kind.startswith("list[") and kind[5:-1] in KINDS:
+        if not isinstance(value, list) or not value:
+            raise ValueError(f"should be a non-empty {kind}. Found {value!r}.")
+        return [coerce(item, kind[5:-1]) for item in value]
+    if kind not in KINDS:
+        raise ValueError(f"should be declared as {', '.join(KINDS)} or a list[...] of one. Found {kind}.")
+    found = value
+    if kind == "float" and type(value) in (int, str):
+        with suppress(ValueError):
+            value = float(value)
+    if type(value) is not KINDS[kind] or (kind == "float" and not math.isfinite(value)):
+        words = {"int": "an int", "float": "a finite float", "str": "a str", "bool": "a bool"}
+        raise ValueError(f"should be {words[kind]}. Found {found!r}.")
+    return value
+
+
+def check_parameters(notebook: dict[str, Any], **at_least: float) -> None:
+    """Check the parameters of a notebook, given as its `globals()`, where papermill or a reader may have set them.
+
+    Every parameter declared in its parameters cell (`name: type = default`) must have its declared type; every number
+    must be at least what `at_least` gives for its name, or else 1 for an int and 0 for a float; text may be empty only
+    where 0 is given. A name that was injected but is not declared is refused. One ValueError tells all that is wrong.
+    """
+    problems, declared = [], notebook.get("__annotations__", {})
+    for name, kind in declared.items():
+        kind = str(kind) if "[" in str(kind) else kind.__name__
+        try:
+            value = notebook[name] = coerce(notebook[name], kind)
+            low = at_least.get(name, 0.0 if "float" in kind else 1)
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, str) and not item and low:
+                    raise ValueError("should not be empty. Found ''.")
+                if isinstance(item, int | float) and not isinstance(item, bool) and item < low:
+                    raise ValueError(f"should be ≥ {low:g}. Found {item!r}.")
+        except ValueError as error:
+            problems.append(f"`{name}` {error}")
+    for source in notebook.get("In", []):  # papermill's cell, which a notebook opened in Jupyter does not have
+        if source.startswith("# Parameters\n"):
+            given = [node.targets[0].id for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+            unknown = [name for name in given if name not in declared]
+            problems += [f"`{name}` is not a parameter of this notebook: {', '.join(declared)}." for name in unknown]
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 # ======================================================================================================================
@@ -300,6 +358,80 @@ def _power_table(batch_size: int, gammas: tuple[float, ...], dtype: torch.dtype,
 
 
 # ======================================================================================================================
+# Gates: SGSC and its relatives, from the same factored sums
+# ======================================================================================================================
+
+
+def _nonzero(g: Tensor) -> Tensor:
+    return (g != 0).to(g.dtype)
+
+
+# Σ_i f(g_i) for each f; all are multiplicative, so that each is one matrix product. "total" is Σ_i g_i itself.
+SUMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sign": torch.sign,
+    "magnitude": torch.abs,
+    "square": torch.square,
+    "active": _nonzero,
+}
+
+
+def _share(part: Tensor, whole: Tensor, gamma: Tensor) -> Tensor:
+    """(part / whole) ** γ with 0 / 0 = 0, and no more than 1 whatever the rounding; γ [R] for part [R, ...]."""
+    share = torch.where(whole > 0, part / whole, 0.0).clamp_(max=1.0)
+    return share ** gamma.to(part.dtype).view(-1, *[1] * (part.ndim - 1))
+
+
+def sign_gate(sign: Tensor, *, batch_size: int, gamma: Tensor) -> Tensor:
+    """SGSC: (|Σ sign g_i| / B) ** γ."""
+    return power_gate(sign, batch_size, gamma)
+
+
+def active_gate(sign: Tensor, active: Tensor, *, batch_size: int, gamma: Tensor) -> Tensor:
+    """SGSC over the samples whose gradient is not zero: (|Σ sign g_i| / Σ [g_i ≠ 0]) ** γ. No ReLU caps it."""
+    return _share(sign.abs(), active, gamma)
+
+
+def magnitude_gate(total: Tensor, magnitude: Tensor, *, batch_size: int, gamma: Tensor) -> Tensor:
+    """(|Σ g_i| / Σ |g_i|) ** γ: the mean of GradDrop's random mask, with an exponent (Chen et al., 2010.06808)."""
+    return _share(total.abs(), magnitude, gamma)
+
+
+def snr_gate(total: Tensor, square: Tensor, *, batch_size: int, gamma: Tensor) -> Tensor:
+    """(r / (1 + r)) ** γ of the gradient's signal-to-noise ratio r = mean² / variance (GSNR, Liu et al., 2001.07384).
+
+    r / (1 + r) = mean² / mean square, so that it needs no division by a variance that may be zero."""
+    return _share(total.square(), batch_size * square, gamma)
+
+
+def and_mask_gate(sign: Tensor, *, batch_size: int, gamma: Tensor) -> Tensor:
+    """[|Σ sign g_i| / B ≥ τ], over its mean in each tensor (Parascandolo et al., 2009.00329); the threshold τ is γ."""
+    mask = (sign.abs() >= (gamma * batch_size).to(sign.dtype).view(-1, *[1] * (sign.ndim - 1))).to(sign.dtype)
+    return mask / (mask.flatten(1).mean(1) + 1e-10).view(-1, *[1] * (sign.ndim - 1))
+
+
+# A gate's parameter names say which sums it is made of ("total" or of `SUMS`), each [R, *shape]; γ is float64 [R].
+# To add one, write such a function and put it here, `GATES["mine"] = mine`: `Run(..., gate="mine")` trains with it.
+Gate = Callable[..., Tensor]
+GATES: dict[str, Gate] = {
+    "sign": sign_gate,
+    "active": active_gate,
+    "magnitude": magnitude_gate,
+    "snr": snr_gate,
+    "and-mask": and_mask_gate,
+}
+# Relatives that are no gate of the batch's sums. "vote": the gradient is replaced by the sign of Σ sign g_i, before
+# Adam or, "after", instead of Adam: signSGD with majority vote (Bernstein et al., 1810.05291). "cautious": of Adam's
+# update what agrees in sign with the gradient, over the mask's mean (Liang et al., 2411.16085).
+RELATIVES = ("vote", "cautious")
+
+
+def sums_of(gate: Gate) -> list[str]:
+    """The names of the sums that a gate is made of."""
+    kinds = inspect.signature(gate).parameters.values()
+    return [parameter.name for parameter in kinds if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+
+
+# ======================================================================================================================
 # SGSC on any model
 # ======================================================================================================================
 
@@ -358,7 +490,7 @@ def embedding_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[st
 def convolution_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Rule for `nn.Conv1d` and `nn.Conv2d`: a convolution is a Linear layer on the patches of its input, so sample i's
     weight gradient is one product of its errors [out, L] and its patches [L, in · kernel], a group at a time."""
-    (out, *kernel), groups, weight = module.weight.shape, module.groups, module.weight
+    kernel, groups, weight = list(module.weight.shape[1:]), module.groups, module.weight
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     inputs = F.pad(inputs.to(errors.dtype), module._reversed_padding_repeated_twice, mode=mode)
     dilation, stride = module.dilation, module.stride
@@ -370,7 +502,9 @@ def convolution_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[
     for part in _chunks(inputs, errors, max(weight.numel(), groups * math.prod(kernel) * errors.shape[-1])):
         patches = F.unfold(inputs[part], kernel[1:], dilation, 0, stride)  # [b, in · kernel, L]
         patches = patches.unflatten(1, (groups, -1))
-        gradients = errors[part].unflatten(1, (groups, -1)) @ patches.mT  # [b, groups, out / groups, in / groups · kernel]
+        gradients = (
+            errors[part].unflatten(1, (groups, -1)) @ patches.mT
+        )  # [b, groups, out / groups, in / groups · kernel]
         sums += _sign_sum(gradients).view_as(sums)
         active += gradients.count_nonzero()
     bias = errors.sum(2)  # [B, out]
@@ -780,7 +914,10 @@ class Run:
     `gamma` 0 is plain Adam. `placement` "before" gates the gradient that enters Adam (the card's method), "after" gates
     Adam's finished update. `control` replaces the gate by one that keeps a part of it: "permuted" shuffles it over the
     entries of each weight or bias afresh each step, "layer-mean" puts its mean over each weight or bias in every
-    entry, "frozen" keeps the first step's gate for good. Raises TypeError or ValueError naming the field.
+    entry, "frozen" keeps the first step's gate for good. `gate` names another gate of `GATES`, or one of `RELATIVES`,
+    which have no exponent and take `gamma` 1. `schedule` "cosine" lowers the learning rate to 0 over the run,
+    `weight_decay` is AdamW's, `label_smoothing` that of the training loss. Raises TypeError or ValueError naming the
+    field.
     """
 
     seed: int
@@ -788,6 +925,10 @@ class Run:
     gamma: float = 0.0
     placement: str = "before"
     control: str = "none"
+    gate: str = "sign"
+    schedule: str = "constant"
+    weight_decay: float = 0.0
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         check("seed", self.seed, int, low=0)
@@ -796,6 +937,26 @@ class Run:
         check("gamma", self.gamma, float, low=0.0)
         check_choice("placement", self.placement, PLACEMENTS)
         check_choice("control", self.control, CONTROLS)
+        check_choice("gate", self.gate, (*GATES, *RELATIVES))
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check("weight_decay", self.weight_decay, float, low=0.0)
+        check("label_smoothing", self.label_smoothing, float, low=0.0, high=1.0)
+        if self.gate == "and-mask":
+            check("gamma", self.gamma, float, high=1.0)  # a threshold of c
+        if self.gate in RELATIVES and (self.gamma, self.control) != (1, "none"):
+            raise ValueError(f"`gamma` should be 1, and `control` 'none', for the gate {self.gate!r}. Found {self}.")
+        if self.gate == "cautious" and self.placement != "after":
+            raise ValueError(f"`placement` should be 'after' for the gate 'cautious'. Found {self.placement!r}.")
+
+
+EPOCH_CURVES = ("train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "test_loss", "test_accuracy")
+
+
+def _fields_of(runs: Sequence[Run]) -> pd.DataFrame:
+    """One row a run: seed, learning rate, γ, placement, and each other field that is not its default in all of them."""
+    frame = pd.DataFrame([asdict(run) for run in runs])
+    usual = asdict(Run(seed=0, lr=1.0))
+    return frame[[name for name in frame if name in list(usual)[:4] or (frame[name] != usual[name]).any()]]
 
 
 @dataclass
@@ -803,8 +964,8 @@ class Curves:
     """What `train` recorded, as NumPy arrays: R runs, T steps, E epochs. A diverged run keeps its NaNs.
 
     `step_loss` is the loss of each step's batch before the update; `probe_loss` the loss of a fixed batch after it
-    (T = 0 unless asked for). The epoch curves are full passes after each epoch. `fresh_*` are of the final model on the
-    fresh sample (NaN unless given).
+    (T = 0 unless asked for). The epoch curves are full passes after the epochs in `evaluated`. `fresh_*` are of the
+    final model on the fresh sample (NaN unless given).
     """
 
     runs: list[Run]
@@ -818,21 +979,20 @@ class Curves:
     test_accuracy: np.ndarray  # [R, E]
     fresh_loss: np.ndarray  # [R]
     fresh_accuracy: np.ndarray  # [R]
-
-    EPOCH_CURVES = ("train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "test_loss", "test_accuracy")
+    evaluated: np.ndarray  # [E]
 
     def frame(self) -> pd.DataFrame:
-        """Tidy: one row a run and epoch, with the run's fields and the six epoch curves."""
-        n_runs, n_epochs = self.train_loss.shape
-        runs = pd.DataFrame([asdict(run) for run in self.runs]).loc[np.repeat(np.arange(n_runs), n_epochs)]
-        runs = runs.reset_index(drop=True).assign(epoch=np.tile(np.arange(1, n_epochs + 1), n_runs))
-        return runs.assign(**{name: getattr(self, name).ravel() for name in self.EPOCH_CURVES})
+        """Tidy: one row a run and evaluated epoch, with the run's fields and the six epoch curves."""
+        n_runs, n_evaluated = self.train_loss.shape
+        runs = _fields_of(self.runs).loc[np.repeat(np.arange(n_runs), n_evaluated)]
+        runs = runs.reset_index(drop=True).assign(epoch=np.tile(self.evaluated, n_runs))
+        return runs.assign(**{name: getattr(self, name).ravel() for name in EPOCH_CURVES})
 
     def final(self) -> pd.DataFrame:
         """Tidy: one row a run, with the run's fields, last and best test accuracy, last losses, the fresh sample's
-        accuracy and loss, and every smoothness measure of the training loss by epoch (`epoch_*`) and, where a probe
-        batch was recorded, of the probe loss by step (`probe_*`)."""
-        frame = pd.DataFrame([asdict(run) for run in self.runs]).assign(
+        accuracy and loss, and every smoothness measure of the training loss by epoch (`epoch_*`, where every epoch was
+        evaluated) and, where a probe batch was recorded, of the probe loss by step (`probe_*`)."""
+        frame = _fields_of(self.runs).assign(
             final_test_accuracy=self.test_accuracy[:, -1],
             best_test_accuracy=self.test_accuracy.max(1),
             final_test_loss=self.test_loss[:, -1],
@@ -842,8 +1002,9 @@ class Curves:
             fresh_accuracy=self.fresh_accuracy,
             fresh_loss=self.fresh_loss,
         )
-        for kind, loss in (("epoch", self.train_loss), ("probe", self.probe_loss)):
-            if loss.shape[1]:
+        by_epoch = self.train_loss if len(self.evaluated) == self.evaluated[-1] else self.train_loss[:, :0]
+        for kind, loss in (("epoch", by_epoch), ("probe", self.probe_loss)):
+            if loss.shape[1] >= 4:
                 frame = frame.assign(**{f"{kind}_{name}": value for name, value in smoothness(loss).items()})
         return frame
 
@@ -866,9 +1027,12 @@ def _forward(parameters: list[Tensor], x: Tensor) -> tuple[list[Tensor], list[Te
     return inputs[:-1], outputs
 
 
-def _losses(logits: Tensor, y: Tensor) -> Tensor:
-    """Each run's mean cross-entropy: logits [R, B, classes], labels [R, B] -> [R]."""
-    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape).mean(1)
+def _losses(logits: Tensor, y: Tensor, smoothing: Tensor | None = None) -> Tensor:
+    """Each run's mean cross-entropy: logits [R, B, classes], labels [R, B], label smoothing [R] -> [R]."""
+    loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+    if smoothing is not None:  # towards the uniform distribution (Szegedy et al., arXiv 1512.00567, section 7)
+        loss = loss.lerp(-logits.log_softmax(-1).mean(-1), smoothing.unsqueeze(1))
+    return loss.mean(1)
 
 
 @torch.no_grad()
@@ -891,19 +1055,30 @@ def adam_step_(
     lr: Tensor,
     step: int,
     gates: list[Tensor] | None = None,
+    weight_decay: Tensor | None = None,
+    cautious: bool = False,
 ) -> None:
     """One step of Adam (Kingma & Ba, algorithm 1) on tensors [R, ...] with a learning rate a run, lr float64 [R].
 
-    Operation by operation what torch.optim.Adam does to one tensor. `gates` scale the finished update. `step` counts
-    from 1; `parameters` and `moments` are changed in place.
+    Operation by operation what torch.optim.Adam does to one tensor; with `weight_decay` float64 [R], torch.optim.AdamW.
+    `gates` scale the finished update; `cautious` keeps of it only what has the gradient's sign. `step` counts from 1;
+    `parameters` and `moments` are changed in place.
     """
     correction1, correction2 = 1 - BETA1**step, 1 - BETA2**step
     for k, (p, g, (m, v)) in enumerate(zip(parameters, gradients, moments, strict=True)):
+        per_run = (-1, *[1] * (p.ndim - 1))
+        if weight_decay is not None:
+            p.mul_((1 - lr * weight_decay).to(p.dtype).view(per_run))
         m.lerp_(g, 1 - BETA1)
         v.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
         denominator = (v.sqrt() / correction2**0.5).add_(EPSILON)
-        update = m * (-lr / correction1).to(p.dtype).view(-1, *[1] * (p.ndim - 1))
-        p.addcdiv_(update if gates is None else update.mul_(gates[k]), denominator)
+        update = m * (-lr / correction1).to(p.dtype).view(per_run)
+        if gates is not None:
+            update.mul_(gates[k])
+        if cautious:
+            agrees = (update * g < 0).to(p.dtype)
+            update.mul_(agrees / agrees.flatten(1).mean(1).clamp_(min=1e-3).view(per_run))
+        p.addcdiv_(update, denominator)
 
 
 def _controlled(
@@ -926,53 +1101,73 @@ def _stream(seed: int, purpose: int) -> torch.Generator:
 
 @torch.no_grad()
 def _train_stack(
-    key: str,
     runs: Sequence[Run],
     data: Dataset,
     fresh: tuple[Tensor, Tensor] | None,
+    gate: Gate | None,
     *,
     epochs: int,
     batch_size: int,
     widths: tuple[int, ...],
     probe_size: int,
+    evaluate_every: int,
 ) -> dict[str, np.ndarray]:
-    """Train runs of one placement and control together; see `train`. `key` says what was computed, for the cache."""
+    """Train runs of one placement, control and `gate` (None: plain Adam or a relative) together; see `train`."""
     torch.set_num_threads(1)
     x_train, y_train = data.x_train, data.y_train
     n_runs, n = len(runs), len(x_train)
-    gammas = torch.tensor([run.gamma for run in runs], dtype=torch.float64)
-    rates = torch.tensor([run.lr for run in runs], dtype=torch.float64)
-    placement, control, gated = runs[0].placement, runs[0].control, bool(gammas.any())
+    gammas, peak_rates, decays, smoothing = (
+        torch.tensor([getattr(run, field) for run in runs], dtype=torch.float64)
+        for field in ("gamma", "lr", "weight_decay", "label_smoothing")
+    )
+    weight_decay = decays if decays.any() else None
+    smoothing = smoothing.to(x_train.dtype) if smoothing.any() else None
+    cosine = torch.tensor([run.schedule == "cosine" for run in runs])
+    placement, control = runs[0].placement, runs[0].control
+    relative = runs[0].gate if runs[0].gate in RELATIVES else None
     orders, shuffles = [_stream(run.seed, 1) for run in runs], [_stream(run.seed, 2) for run in runs]
     parameters = _stacked_parameters(runs, widths, x_train.dtype)
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
     probe = x_train[:probe_size].expand(n_runs, -1, -1), y_train[:probe_size].expand(n_runs, -1)
-    first_gates, step, log = None, 0, {name: [] for name in ("step_loss", "probe_loss", *Curves.EPOCH_CURVES)}
+    first_gates, step, log = None, 0, {name: [] for name in ("step_loss", "probe_loss", *EPOCH_CURVES)}
+    n_steps = epochs * math.ceil(n / batch_size)
 
-    for _ in range(epochs):
+    for epoch in range(1, epochs + 1):
         order = torch.stack([torch.randperm(n, generator=generator) for generator in orders])  # [R, n]
         for batch in order.split(batch_size, dim=1):  # [R, B]
+            rates = torch.where(cosine, peak_rates * (1 + math.cos(math.pi * step / n_steps)) / 2, peak_rates)
             step += 1
             with torch.enable_grad():
                 inputs, outputs = _forward(parameters, x_train[batch])
-                losses = _losses(outputs[-1], y_train[batch])  # [R]
+                losses = _losses(outputs[-1], y_train[batch], smoothing)  # [R]
                 # Runs do not interact, so the gradient of the summed loss is every run's own.
                 errors = torch.autograd.grad(losses.sum(), outputs)  # Δ, [R, B, out] a layer
             layers = list(zip(inputs, errors, strict=True))
             gradients = [s for a, delta in layers for s in factored_sums(a, delta, lambda t: t)]
             gates = None
-            if gated:
-                sign_sums = [s for a, delta in layers for s in factored_sums(a, delta, torch.sign)]
-                gates = [power_gate(s, batch.shape[1], gammas) for s in sign_sums]
+            if gate is not None:
+                sums = {"total": gradients}
+                for name in set(sums_of(gate)) - {"total"}:
+                    sums[name] = [s for a, delta in layers for s in factored_sums(a, delta, SUMS[name])]
+                of_tensor = zip(*(sums[name] for name in sums_of(gate)), strict=True)
+                gates = [gate(*tensors, batch_size=batch.shape[1], gamma=gammas) for tensors in of_tensor]
                 first_gates = first_gates or gates
                 gates = _controlled(gates, control, first_gates, shuffles)
                 if placement == "before":
-                    gradients, gates = [g * gate for g, gate in zip(gradients, gates, strict=True)], None
-            adam_step_(parameters, gradients, moments, rates, step, gates)
+                    gradients, gates = [g * own for g, own in zip(gradients, gates, strict=True)], None
+            if relative == "vote":
+                gradients = [s.sign() for a, delta in layers for s in factored_sums(a, delta, torch.sign)]
+            if relative == "vote" and placement == "after":  # signSGD: the votes are the update, without Adam
+                for p, votes in zip(parameters, gradients, strict=True):
+                    p.sub_(votes * rates.to(p.dtype).view(-1, *[1] * (p.ndim - 1)))
+            else:
+                adam_step_(parameters, gradients, moments, rates, step, gates, weight_decay, relative == "cautious")
             log["step_loss"].append(losses.detach())
             if probe_size:
                 with torch.no_grad():
                     log["probe_loss"].append(_losses(_forward(parameters, probe[0])[1][-1], probe[1]))
+        if epoch % evaluate_every and epoch != epochs:
+            continue
         for part, x, y in (("train", x_train, y_train), ("valid", *data[2:4]), ("test", *data[4:6])):
             loss, accuracy = _evaluate(parameters, x, y)
             log[f"{part}_loss"].append(loss)
@@ -981,6 +1176,31 @@ def _train_stack(
     curves = {name: torch.stack(rows, 1).numpy() if rows else np.empty((n_runs, 0)) for name, rows in log.items()}
     fresh_loss, fresh_accuracy = _evaluate(parameters, *fresh) if fresh else [torch.full((n_runs,), math.nan)] * 2
     return curves | {"fresh_loss": fresh_loss.numpy(), "fresh_accuracy": fresh_accuracy.numpy()}
+
+
+def _seal(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of named arrays: what a damaged cache entry no longer has."""
+    digest = hashlib.sha256()
+    for name, array in arrays.items():
+        digest.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _sealed_stack(key: str, compute: Callable[[], dict[str, np.ndarray]]) -> tuple[dict[str, np.ndarray], str]:
+    """What is cached: a stack's arrays and their seal. `key` says what `compute` computes."""
+    arrays = compute()
+    return arrays, _seal(arrays)
+
+
+def _cached_stack(cache: Path, key: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Read a stack from the cache, or compute it; joblib notices what can't be read, the seal what was altered."""
+    recall = joblib.Memory(cache, verbose=0).cache(_sealed_stack, ignore=["compute"])
+    arrays, seal = recall(key, compute)
+    if seal != _seal(arrays):
+        print(f"A cached stack in {cache} is damaged: training it again.", file=sys.stderr, flush=True)
+        recall.call_and_shelve(key, compute).clear()
+        arrays, _ = recall(key, compute)
+    return arrays
 
 
 def _source_of(function: Callable, seen: set[str] | None = None) -> str:
@@ -1000,6 +1220,10 @@ def _source_of(function: Callable, seen: set[str] | None = None) -> str:
         seen.add(name)
         if callable(value) and getattr(value, "__module__", None) == __name__:
             parts.append(_source_of(value, seen))
+        elif isinstance(value, dict):
+            own = {key: f for key, f in value.items() if getattr(f, "__module__", None) == __name__}
+            parts += [f"{name}[{key!r}] = {getattr(f, '__name__', f)}" for key, f in value.items()]
+            parts += [_source_of(f, seen) for f in own.values()]
         elif isinstance(value, int | float | str | tuple):
             parts.append(f"{name} = {value!r}")
     return "\n".join(parts)
@@ -1024,64 +1248,107 @@ def train(
     widths: Sequence[int] = (40, 128, 128, 10),
     probe_size: int = 0,
     fresh: tuple[Tensor, Tensor] | None = None,
+    evaluate_every: int = 1,
     stack_size: int = 8,
     n_jobs: int = -1,
+    scheduler: str = "",
     cache: str | os.PathLike | None = None,
     progress: str | None = None,
 ) -> Curves:
     """Train multi-layer perceptrons with Adam and SGSC, many runs at once; return their `Curves` in order of `runs`.
 
     Up to `stack_size` runs are stacked on a leading axis and trained together on one thread, stacks in parallel on
-    `n_jobs` processes (-1: one a core). Run r gives the same numbers, bit for bit, alone and in any stack: it has own
-    generators for its initial weights and its batches. The last batch of an epoch may be smaller, as with a DataLoader.
+    `n_jobs` processes (-1: one a core), or on the workers of the Dask cluster whose `scheduler` has this address
+    ("tcp://host:port"; they need this module installed). Run r gives the same numbers, bit for bit, alone and in any
+    stack: it has own generators for its initial weights and its batches. The last batch of an epoch may be smaller, as
+    with a DataLoader.
 
     `probe_size` > 0 also records the loss of the first `probe_size` training rows after every step. `fresh` is a sample
-    (x [N, in], y [N]) on which the final models are evaluated. `cache` is a folder: a stack computed before by the same
-    code on the same data is read from it instead. `progress` is a label under which stacks done and time left are
-    printed to stderr. Raises TypeError or ValueError, naming the parameter, before any training.
+    (x [N, in], y [N]) on which the final models are evaluated. All rows are evaluated after each `evaluate_every`-th
+    epoch, and the last. `cache` is a folder: a stack computed before by the same code on the same data is read from it
+    instead. `progress` is a label under which stacks done and time left are printed to stderr. Raises TypeError or
+    ValueError, naming the parameter, before any training.
     """
     runs = list(runs)
     if not runs or not all(isinstance(run, Run) for run in runs):
         raise TypeError(f"`runs` should be a non-empty list of Run. Found {runs[:3]!r}.")
-    widths = _check_widths(widths)
-    if (widths[0], widths[-1] > int(data.y_train.max())) != (data.x_train.shape[1], True):
+    settings: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "widths": widths, "probe_size": probe_size}
+    settings = check_training(data, **settings)
+    settings["evaluate_every"] = min(check("evaluate_every", evaluate_every, int, low=1), epochs)
+    check("stack_size", stack_size, int, low=1)
+    groups: dict[Any, list[int]] = {}  # a stack shares placement, control and gate; without a gate none of them matters
+    for r, run in enumerate(runs):
+        groups.setdefault((run.placement, run.control, run.gate) if run.gamma else None, []).append(r)
+    stacks = [group[i : i + stack_size] for group in groups.values() for i in range(0, len(group), stack_size)]
+
+    made_by = [_engine_version(), sha256_of(*data), sha256_of(*fresh) if fresh else None, settings]
+
+    def job(stack: list[int]) -> Any:
+        stacked = [runs[r] for r in stack]
+        gate = GATES.get(stacked[0].gate) if stacked[0].gamma else None
+        compute = partial(_train_stack, stacked, data, fresh, gate, **settings)
+        if cache is None:
+            return joblib.delayed(compute)()
+        key = json.dumps([made_by, _source_of(gate) if gate else None, [asdict(run) for run in stacked]])
+        return joblib.delayed(_cached_stack)(Path(cache) / "runs", key, compute)
+
+    if cache is not None:
+        os.makedirs(Path(cache) / "runs", mode=0o700, exist_ok=True)
+    threads = torch.get_num_threads()
+    try:
+        with _backend(scheduler, n_jobs, len(stacks)):
+            results = joblib.Parallel(return_as="generator")(map(job, stacks))
+            results = list(_with_progress(results, len(stacks), progress))
+    finally:
+        torch.set_num_threads(threads)
+    back = np.argsort(np.concatenate(stacks))
+    last = settings["evaluate_every"]
+    evaluated = np.unique([*range(last, epochs + 1, last), epochs])
+    arrays = {name: np.concatenate([result[name] for result in results])[back] for name in results[0]}
+    return Curves(runs, **arrays, evaluated=evaluated)
+
+
+def check_training(
+    data: Dataset, *, epochs: int, batch_size: int, widths: Sequence[int], probe_size: int = 0
+) -> dict[str, Any]:
+    """Return the settings of a training run, checked against the data; TypeError or ValueError names what is wrong."""
+    widths, classes = _check_widths(widths), int(data.y_train.max()) + 1
+    if widths[0] != data.x_train.shape[1] or widths[-1] < classes:
         raise ValueError(
             f"`widths` should start with {data.x_train.shape[1]}, the number of features, and end with at "
-            f"least {int(data.y_train.max()) + 1}, the number of classes. Found {widths}."
+            f"least {classes}, the number of classes. Found {widths}."
         )
-    settings = {
+    return {
         "epochs": check("epochs", epochs, int, low=1),
         "batch_size": check("batch_size", batch_size, int, low=1, high=len(data.x_train)),
         "widths": widths,
         "probe_size": check("probe_size", probe_size, int, low=0, high=len(data.x_train)),
     }
-    check("stack_size", stack_size, int, low=1)
-    groups: dict[Any, list[int]] = {}  # a stack shares placement and control; without a gate neither matters
-    for r, run in enumerate(runs):
-        groups.setdefault((run.placement, run.control) if run.gamma else None, []).append(r)
-    stacks = [group[i : i + stack_size] for group in groups.values() for i in range(0, len(group), stack_size)]
 
-    compute = _train_stack
-    if cache is not None:
-        os.makedirs(cache, mode=0o700, exist_ok=True)
-        compute = joblib.Memory(cache, verbose=0).cache(_train_stack, ignore=["runs", "data", "fresh"])
-    made_by = [hashlib.sha256(_source_of(_train_stack).encode()).hexdigest(), sha256_of(*data), torch.__version__]
-    made_by.append(sha256_of(*fresh) if fresh else None)
 
-    def job(stack: list[int]) -> Any:
-        stacked = [runs[r] for r in stack]
-        key = json.dumps([made_by, [asdict(run) for run in stacked]])
-        return joblib.delayed(compute)(key, stacked, data, fresh, **settings)
+@lru_cache(maxsize=1)
+def _engine_version() -> list[str]:
+    return [hashlib.sha256(_source_of(_train_stack).encode()).hexdigest(), torch.__version__]
 
-    n_workers = min(joblib.effective_n_jobs(n_jobs), len(stacks))
-    threads = torch.get_num_threads()
+
+@contextmanager
+def _backend(scheduler: str, n_jobs: int, n_tasks: int) -> Iterator[None]:
+    """Where joblib runs what it is given: processes on this machine, or the workers of a Dask scheduler."""
+    if not scheduler:
+        with joblib.parallel_config(n_jobs=min(joblib.effective_n_jobs(n_jobs), n_tasks)):
+            yield
+        return
+    from distributed import Client  # only a cluster needs it
+
     try:
-        results = joblib.Parallel(n_jobs=n_workers, return_as="generator")(map(job, stacks))
-        results = list(_with_progress(results, len(stacks), progress))
-    finally:
-        torch.set_num_threads(threads)
-    back = np.argsort(np.concatenate(stacks))
-    return Curves(runs, **{name: np.concatenate([result[name] for result in results])[back] for name in results[0]})
+        client = Client(scheduler, timeout="10s")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`scheduler` should be the address of a running Dask scheduler, like 'tcp://127.0.0.1:8786'. "
+            f"Found {scheduler!r}: {error}"
+        ) from None
+    with client, joblib.parallel_config("dask", client=client, n_jobs=-1):
+        yield
 
 
 def _with_progress(items: Iterable, total: int, label: str | None) -> Iterator:
@@ -1098,6 +1365,132 @@ def _with_progress(items: Iterable, total: int, label: str | None) -> Iterator:
             )
             last = now
         yield item
+
+
+# ======================================================================================================================
+# Tuning
+# ======================================================================================================================
+
+
+def tune(
+    arms: Mapping[str, Mapping[str, Any]],
+    data: Dataset,
+    *,
+    study: str,
+    n_studies: int = 1,
+    n_trials: int = 24,
+    ask_batch: int = 8,
+    n_seeds: int = 1,
+    first_seed: int = 10_000,
+    storage: str = "",
+    cache: str | os.PathLike = CACHE,
+    progress: str | None = None,
+    **settings: Any,
+) -> pd.DataFrame:
+    """Search every arm's space for the best final validation accuracy; one tidy row a trial, its `Run` fields included.
+
+    An arm is {field of `Run`: Optuna distribution to search, or value to keep}. Each arm has `n_studies` independent
+    TPE studies of `n_trials` trials; a trial's value is a mean over `n_seeds` seeds. All studies advance together,
+    `ask_batch` trials at a time, so that their runs fill stacks. `settings` go to `train`. Returns the columns `arm`,
+    `study`, `trial` (0, 1, … in order), `seed` (its first), the fields, and `valid_accuracy`.
+
+    Trials are kept in an Optuna storage: a journal file in the folder `cache`, or the database at the URL `storage`. A
+    search that was stopped anywhere goes on with the history it would have had. Several processes on one database share
+    the studies, `n_trials` in all; then the history depends on their timing. A study's name ends with a hash of what
+    its trials depend on. Raises ValueError for a bad number or URL, RuntimeError for a storage that can't be read.
+    """
+    numbers = {"n_studies": n_studies, "n_trials": n_trials, "ask_batch": ask_batch, "n_seeds": n_seeds}
+    for name, value in numbers.items():
+        check(name, value, int, low=1)
+    searched = {arm: {f: d for f, d in space.items() if isinstance(d, BaseDistribution)} for arm, space in arms.items()}
+    kept = {arm: {f: value for f, value in space.items() if f not in searched[arm]} for arm, space in arms.items()}
+    made_by = [_engine_version(), sha256_of(*data), numbers, first_seed, sorted(settings.items())]
+    studies = {}
+    with _storage(storage, Path(cache) / "tuning" / f"{study}.journal") as opened:
+        for arm, k in itertools.product(arms, range(n_studies)):
+            space = [f"{field} {distribution_to_json(d)}" for field, d in searched[arm].items()]
+            digest = hashlib.sha256(json.dumps([made_by, space, kept[arm]], default=str).encode()).hexdigest()
+            name = f"{study}, {arm}, {k}, {digest[:12]}"
+            studies[arm, k] = optuna.create_study(
+                study_name=name, storage=opened, direction="maximize", load_if_exists=True
+            )
+
+    def finished(each: optuna.Study) -> list[FrozenTrial]:
+        return each.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+
+    while left := sum(n_trials - len(finished(each)) for each in studies.values()):
+        asked = []
+        for s, ((arm, k), each) in enumerate(studies.items()):
+            sampler_seed = 1_000 * s + len(finished(each)) + (os.getpid() if storage else 0)
+            each.sampler = optuna.samplers.TPESampler(seed=sampler_seed)
+            for number, fields in _ask(each, searched[arm], n_trials, ask_batch, shared=bool(storage)):
+                asked.append((k, each, number, kept[arm] | fields))
+        runs = [Run(seed=first_seed + 100 * k + i, **fields) for k, _, _, fields in asked for i in range(n_seeds)]
+        if not runs:  # another process has the rest
+            time.sleep(1)
+            continue
+        label = f"{progress}, {left} trials left" if progress else None
+        curves = train(runs, data, evaluate_every=sys.maxsize, cache=cache, progress=label, **settings)
+        scores = curves.valid_accuracy[:, -1].reshape(-1, n_seeds).mean(1)
+        for (_, each, number, _), score in zip(asked, scores, strict=True):
+            each.tell(number, float(score), skip_if_finished=True)
+    return pd.DataFrame(
+        {
+            "arm": arm,
+            "study": k,
+            "trial": number,
+            "seed": first_seed + 100 * k,
+            **kept[arm],
+            **trial.params,
+            "valid_accuracy": trial.value,
+        }
+        for (arm, k), each in studies.items()
+        for number, trial in enumerate(finished(each)[:n_trials])
+    )
+
+
+@contextmanager
+def _storage(url: str, journal: Path) -> Iterator[optuna.storages.BaseStorage]:
+    """Open the trials' storage; errors name it and the way out."""
+    if url and "://" not in url:
+        raise ValueError(f"`storage` should be empty or a database URL, like 'postgresql+psycopg://…'. Found {url!r}.")
+    journal.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        backend = None if url else optuna.storages.journal.JournalFileBackend(str(journal))
+        yield optuna.storages.RDBStorage(url) if backend is None else optuna.storages.JournalStorage(backend)
+    except (ValueError, KeyError) as error:  # a line that is not what a journal has
+        way_out = f"Delete {journal}: the runs are cached, only the search is made again."
+        raise RuntimeError(f"The trials' storage can't be read ({error!r}). {way_out if not url else ''}") from error
+
+
+def _ask(
+    study: optuna.Study, space: dict[str, BaseDistribution], n_trials: int, ask_batch: int, *, shared: bool
+) -> list[tuple[int, dict[str, Any]]]:
+    """The trials of a study to train next, by number and fields: new ones, or those that a stop has left open."""
+    trials = study.get_trials(deepcopy=False)
+    n_finished = sum(t.state == TrialState.COMPLETE for t in trials)
+    running = [t for t in trials if t.state == TrialState.RUNNING]
+    if n_finished == n_trials:
+        return []
+    # Training the same fields again gives the same value, so whoever finds an open trial may finish it. Alone, a stop
+    # among a batch's answers leaves trials that were asked in full; a stop among its questions is a batch to ask again.
+    take_over = n_finished + len(running) >= n_trials if shared else n_finished % ask_batch
+    if not shared and not take_over:
+        fail, running = running, []
+    else:
+        fail = [t for t in running if take_over and t.params.keys() != space.keys()]
+    for trial in fail:
+        study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+    if take_over:
+        return [(t.number, t.params) for t in running if t not in fail][: n_trials - n_finished]
+    asked = [study.ask(space) for _ in range(min(ask_batch, n_trials - n_finished - len(running)))]
+    if shared:  # two processes may have asked for the last trial at once: the later one is too many
+        others = study.get_trials(deepcopy=False)
+        for trial in list(asked):
+            if sum(t.number < trial.number and t.state != TrialState.FAIL for t in others) >= n_trials:
+                study.tell(trial, state=TrialState.FAIL)
+                asked.remove(trial)
+    return [(trial.number, trial.params) for trial in asked]
 
 
 # ======================================================================================================================
@@ -1247,11 +1640,19 @@ def results_folder(results: str) -> Path:
     return folder
 
 
+def write_text(text: str, path: Path) -> None:
+    """Write a file whole or not at all: beside its place, then moved into it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def write_table(frame: pd.DataFrame, path: Path) -> None:
-    """Write a CSV whole or not at all: beside its place, then moved into it. Floats keep every digit."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    frame.to_csv(beside, index=False)
-    os.replace(beside, path)
+    """Write a CSV whole or not at all. Floats keep every digit."""
+    write_text(frame.to_csv(index=False), path)
 
 
 CLAIM_COLUMNS = (
@@ -1281,20 +1682,45 @@ def write_claims(rows: Sequence[Mapping[str, Any]], folder: Path, *, notebook: s
         raise ValueError(f"claims should have the columns {CLAIM_COLUMNS}. Found {tuple(own.columns)}.")
     path, own = folder / "claims.csv", own[list(CLAIM_COLUMNS)]
     if path.exists():
-        others = pd.read_csv(path, dtype={"id": str, "notebook": str}, float_precision="round_trip")
+        others = _read_csv(path, dtype={"id": str, "notebook": str})
+        if tuple(others.columns) != CLAIM_COLUMNS:
+            raise ValueError(
+                f"{path} should have the columns {CLAIM_COLUMNS}. Found {tuple(others.columns)}: delete it."
+            )
         own = pd.concat([others[others["notebook"] != notebook], own])
     write_table(own.sort_values("id", kind="stable"), path)
     return own[own["notebook"] == notebook]
 
 
 def read_table(path: str | os.PathLike, *, made_by: str) -> pd.DataFrame:
-    """Read a CSV that another notebook made; where it is missing, the error names the command that makes it."""
+    """Read a CSV that another notebook made; errors name the command that makes it.
+
+    Raises FileNotFoundError where it is missing, and ValueError where it is no table, or not the one whose SHA-256 is in
+    the `manifest.json` beside it.
+    """
     path = ROOT / path
+    profile = path.parent.name if path.parent.parent == ROOT / "report" / "results" else "full"
+    command = f"Make it anew: python report/build.py --profile {profile} --only {made_by}"
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is not there yet: notebook {made_by} makes it. Run: python report/build.py --only {made_by}"
-        )
-    return pd.read_csv(path, float_precision="round_trip")
+        raise FileNotFoundError(f"{path} is not there yet: notebook {made_by} makes it. {command}")
+    manifest = path.with_name("manifest.json")
+    if manifest.exists():
+        try:
+            expected = json.loads(manifest.read_text(encoding="utf-8"))["results"].get(path.name)
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{manifest} is not a manifest ({error!r}). Make it anew: python report/build.py"
+            ) from error
+        if expected and expected != hashlib.sha256(path.read_bytes()).hexdigest():
+            raise ValueError(f"{path} is not what manifest.json says (truncated, edited or damaged). {command}")
+    return _read_csv(path)
+
+
+def _read_csv(path: Path, **options: Any) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path, **options)
+    except (ValueError, pd.errors.EmptyDataError) as error:  # ParserError and UnicodeDecodeError are ValueErrors
+        raise ValueError(f"{path} is not a table ({error}). Delete it and make it anew.") from error
 
 
 def figure(fig: Any, label: str, *, caption: str, alt: str) -> None:

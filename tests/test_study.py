@@ -28,7 +28,7 @@ from sgsc_lib import (
     train,
 )
 
-EVERY_CURVE = ("step_loss", "probe_loss", *sgsc_lib.Curves.EPOCH_CURVES, "fresh_loss", "fresh_accuracy")
+EVERY_CURVE = ("step_loss", "probe_loss", *sgsc_lib.EPOCH_CURVES, "fresh_loss", "fresh_accuracy")
 
 
 @pytest.fixture(scope="module")
