@@ -65,8 +65,14 @@ def check(name: str, value: Any, kind: type, low: float | None = None, high: flo
 
     `kind` is int, float, bool or str. A bool is not an int, an int is a float, NaN and infinity are never accepted.
     The bounds are inclusive. Raises TypeError for a wrong type and ValueError for a wrong value.
+
+    >>> check("gamma", 0.25, float, low=0.0)
+    0.25
+    >>> check("gamma", -0.1, float, low=0.0)
+    Traceback (most recent call last):
+    ValueError: `gamma` should be ≥ 0.0. Found -0.1.
     """
-    accepted = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
+    accepted: Any = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise TypeError(f"`{name}` should be {'an' if kind is int else 'a'} {kind.__name__}. Found {value!r}.")
     if kind in (int, float):
@@ -80,7 +86,11 @@ def check(name: str, value: Any, kind: type, low: float | None = None, high: flo
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> Any:
-    """Return `value` if it is one of `choices`; raise a ValueError that lists them otherwise."""
+    """Return `value` if it is one of `choices`; raise a ValueError that lists them otherwise.
+
+    >>> check_choice("placement", "after", PLACEMENTS)
+    'after'
+    """
     if value not in choices:
         raise ValueError(f"`{name}` should be one of {', '.join(map(repr, choices))}. Found {value!r}.")
     return value
@@ -161,7 +171,11 @@ class Dataset(NamedTuple):
 
 
 def sha256_of(*tensors: Tensor) -> str:
-    """SHA-256 of the tensors' bytes, in order, as 64 hex digits."""
+    """SHA-256 of the tensors' bytes, in order, as 64 hex digits.
+
+    >>> sha256_of(torch.zeros(2))[:8]
+    'af5570f5'
+    """
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.contiguous().numpy().tobytes())
@@ -176,6 +190,10 @@ def draw_mnist1d(num_samples: int = 5000, *, seed: int = 42) -> tuple[Tensor, Te
     Works offline and leaves NumPy's global random state as it found it. Another `seed` gives a fresh sample of the same
     distribution. Raises ValueError where `num_samples` is not a positive multiple of the 10 classes, and RuntimeError
     where the default draw is not the published data set.
+
+    >>> x, y = draw_mnist1d(100, seed=7)
+    >>> x.shape, y.shape
+    (torch.Size([100, 40]), torch.Size([100]))
     """
     # mnist1d is imported here because only this function needs it: SGSC on a model of one's own does not.
     from mnist1d.data import get_dataset_args, make_dataset
@@ -206,6 +224,10 @@ def load_mnist1d(
     The last `valid_fraction` of the training rows becomes the validation set (the rows come shuffled). `label_noise` is
     the exact share of the *remaining training* labels that is replaced by one of the nine other classes; validation and
     test labels stay clean. Returns a `Dataset`. Raises TypeError or ValueError naming the parameter.
+
+    >>> data = load_mnist1d(100)
+    >>> len(data.x_train), len(data.x_valid), len(data.x_test)
+    (64, 16, 20)
     """
     check("valid_fraction", valid_fraction, float, low=0.0, high=0.9)
     check("label_noise", label_noise, float, low=0.0, high=1.0)
@@ -237,6 +259,9 @@ def mlp(widths: Sequence[int] = (40, 128, 128, 10), *, seed: int) -> nn.Sequenti
 
     The initialisation is PyTorch's default for `nn.Linear`, drawn in the same order: the parameters equal those of the
     same layers built after `torch.manual_seed(seed)`. The global random state is neither used nor changed.
+
+    >>> mlp((40, 16, 10), seed=0)(torch.zeros(2, 40)).shape
+    torch.Size([2, 10])
     """
     widths = _check_widths(widths)
     generator = torch.Generator().manual_seed(check("seed", seed, int, low=0))
@@ -273,6 +298,10 @@ def per_sample_gradients(
     `x` is [B, ...], `y` is [B, ...]; the loss is called on batches of one. Returns {parameter name: [B, *shape]} for
     the parameters that require a gradient. `chunk_size` bounds how many samples are differentiated at once. Works for
     any model without coupling between samples; raises ValueError naming the module where there is such a coupling.
+
+    >>> gradients = per_sample_gradients(mlp((40, 16, 10), seed=0), torch.ones(8, 40), torch.arange(8))
+    >>> gradients["2.weight"].shape
+    torch.Size([8, 10, 16])
     """
     for name, module in model.named_modules():
         if _couples_samples(module):
@@ -300,6 +329,9 @@ def sign_consistency(per_sample: Tensor | Mapping[str, Tensor]) -> Any:
 
     A mapping of them, as `per_sample_gradients` returns, gives a dict. An exactly zero gradient has sign 0 and so
     counts against consistency. Raises ValueError for an empty batch.
+
+    >>> sign_consistency(torch.tensor([[0.1, -3.0], [2.0, 5.0], [0.3, -1.0], [7.0, 0.0]]))
+    tensor([1.0000, 0.2500])
     """
     if isinstance(per_sample, Mapping):
         return {name: sign_consistency(tensor) for name, tensor in per_sample.items()}
@@ -314,7 +346,11 @@ def _statistic_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def noise_floor(batch_size: int) -> float:
-    """E[c] where every per-sample sign is a fair coin: √(2/(πB)), the mean of a folded normal with variance 1/B."""
+    """E[c] where every per-sample sign is a fair coin: √(2/(πB)), the mean of a folded normal with variance 1/B.
+
+    >>> round(noise_floor(128), 3)
+    0.071
+    """
     return math.sqrt(2 / (math.pi * check("batch_size", batch_size, int, low=1)))
 
 
@@ -330,6 +366,10 @@ def factored_sums(inputs: Tensor, errors: Tensor, f: Callable[[Tensor], Tensor] 
     Σ_i f(δ_i a_iᵀ) = f(Δ)ᵀ f(A). BackPACK takes its second moment this way (Dangel et al., arXiv 1912.10985,
     section 2.2), with the square for f. `inputs` A is [..., B, in] and `errors` Δ is [..., B, out]; leading axes are
     independent. Returns sums [..., out, in] and [..., out].
+
+    >>> inputs, errors = torch.tensor([[1.0, -2.0], [3.0, 4.0]]), torch.tensor([[0.5], [0.1]])
+    >>> factored_sums(inputs, errors)
+    (tensor([[2., 0.]]), tensor([2.]))
     """
     f_errors = f(errors)
     return f_errors.mT @ f(inputs), f_errors.sum(-2)
@@ -340,6 +380,9 @@ def power_gate(sign_sums: Tensor, batch_size: int, gamma: float | Tensor) -> Ten
 
     `sign_sums` is [*shape] with a number `gamma`, or [R, *shape] with one gamma a run as a tensor [R].
     Returns the gate in the same shape and dtype. Raises ValueError for a negative or non-finite `gamma`.
+
+    >>> power_gate(torch.tensor([4.0, -2.0, 0.0]), batch_size=4, gamma=0.5)
+    tensor([1.0000, 0.7071, 0.0000])
     """
     gammas = tuple(gamma.tolist()) if isinstance(gamma, Tensor) else (gamma,)
     levels = 2 * batch_size + 1
@@ -437,7 +480,7 @@ def sums_of(gate: Gate) -> list[str]:
 
 # A rule returns, for each parameter of its module, Σ_i sign(g_i) and the number of non-zero entries of all g_i. It is
 # given the module, its input A and the error Δ at its output, both with the samples along their first axis.
-Rule = Callable[[nn.Module, Tensor, Tensor], dict[str, tuple[Tensor, Tensor]]]
+Rule = Callable[[Any, Tensor, Tensor], dict[str, tuple[Tensor, Tensor]]]
 
 CHUNK_ELEMENTS = 2**24  # the most per-sample gradient entries that a rule holds at once: 64 MiB in float32
 
@@ -452,9 +495,14 @@ def _chunks(inputs: Tensor, errors: Tensor, entries: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, len(inputs), size))
 
 
-def linear_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def linear_rule(module: nn.Linear, inputs: Tensor, errors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Rule for `nn.Linear`: factored on [B, in]; on [B, ..., in] sample i's gradient is a sum of outer products,
-    whose sign does not factor, so it is built, [out, in] a sample, chunk by chunk."""
+    whose sign does not factor, so it is built, [out, in] a sample, chunk by chunk.
+
+    >>> a, delta = torch.tensor([[1.0, -2.0], [3.0, 0.0]]), torch.tensor([[0.5], [0.1]])
+    >>> linear_rule(nn.Linear(2, 1), a, delta)["weight"][0]  # Σ_i sign(g_i)
+    tensor([[ 2., -1.]])
+    """
     if inputs[0].numel() == inputs.shape[-1]:  # one outer product a sample
         a, delta = (t.view(len(t), t.shape[-1]).sign().float() for t in (inputs, errors))
         weight, bias = factored_sums(a, delta, lambda signs: signs)
@@ -471,9 +519,14 @@ def linear_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[str, 
     return {"weight": (weight, active), "bias": (_sign_sum(bias), bias.count_nonzero())}
 
 
-def embedding_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def embedding_rule(module: nn.Embedding, inputs: Tensor, errors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Rule for `nn.Embedding`: the errors of one token in one sample add up before the sign is taken, so memory is one
-    row for each distinct (sample, token) pair, never B × the vocabulary."""
+    row for each distinct (sample, token) pair, never B × the vocabulary.
+
+    >>> tokens, delta = torch.tensor([[0, 2], [0, 0]]), torch.tensor([[[1.0], [1.0]], [[1.0], [-3.0]]])
+    >>> embedding_rule(nn.Embedding(3, 1), tokens, delta)["weight"][0].flatten()
+    tensor([0., 0., 1.])
+    """
     tokens = inputs.reshape(len(inputs), -1)  # [B, T]
     samples = torch.arange(len(tokens), device=tokens.device).unsqueeze(1)
     pairs, where = (samples * module.num_embeddings + tokens).unique(return_inverse=True)  # [Q], [B, T]
@@ -487,7 +540,7 @@ def embedding_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[st
     return {"weight": (weight, gradients.count_nonzero())}
 
 
-def convolution_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def convolution_rule(module: Any, inputs: Tensor, errors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Rule for `nn.Conv1d` and `nn.Conv2d`: a convolution is a Linear layer on the patches of its input, so sample i's
     weight gradient is one product of its errors [out, L] and its patches [L, in · kernel], a group at a time."""
     kernel, groups, weight = list(module.weight.shape[1:]), module.groups, module.weight
@@ -514,7 +567,11 @@ def convolution_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[
 def per_sample_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Rule for any layer that maps one tensor to one tensor, sample by sample: the layer's own per-sample gradients,
     by vmap, a chunk at a time. `SGSC.rules[MyLayer] = per_sample_rule` makes it serve a layer of one's own. It covers
-    the parameters that the layer itself owns; the layers inside it need rules of their own."""
+    the parameters that the layer itself owns; the layers inside it need rules of their own.
+
+    >>> per_sample_rule(nn.LayerNorm(2), torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 1.0]]))["weight"]
+    (tensor([-1.,  1.]), tensor(2))
+    """
     parameters = {name: p.detach() for name, p in module.named_parameters(recurse=False) if p.requires_grad}
     rest = {name: p.detach() for name, p in module.named_parameters() if name not in parameters}
     rest |= dict(module.named_buffers())
@@ -564,6 +621,10 @@ class SGSC:
         **dict.fromkeys((nn.LayerNorm, nn.GroupNorm), per_sample_rule),
         **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), per_sample_rule),  # in eval mode only
     }
+
+    # What was summed over all processes: parameters, sign sums, active counts, samples.
+    _reduced: tuple[dict[str, nn.Parameter], dict[str, Tensor], dict[str, Tensor], int] | None
+    _gated: bool
 
     def __init__(self, model: nn.Module, gamma: float, *, process_group: dist.ProcessGroup | None = None) -> None:
         if not isinstance(model, nn.Module):
@@ -667,8 +728,8 @@ class SGSC:
     def _refuse_second_uses(self, output: Any) -> None:
         """Refuse a weight that enters the graph twice, as with F.linear(h, embedding.weight): no hook sees that use."""
         tensors = [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, Tensor)]
-        pending = {t.grad_fn for t in tensors if t.grad_fn is not None}
-        seen, uses = set(pending), Counter()
+        pending: set[Any] = {t.grad_fn for t in tensors if t.grad_fn is not None}
+        seen, uses = set(pending), Counter[nn.Parameter]()
         while pending:
             for following, _ in pending.pop().next_functions:
                 if hasattr(following, "variable"):  # the graph's end at a parameter
@@ -717,7 +778,8 @@ class SGSC:
                 )
             this.layers[name] = False
             # A Linear's output on [B, ..., in] is a view; an in-place ReLU behind it would go round a hook on the view.
-            hooked, shape = output._base if output._is_view() and _is_torchs_own(module) else output, output.shape
+            hooked: Any = output._base if output._is_view() and _is_torchs_own(module) else output
+            shape = output.shape
             hooked.register_hook(lambda errors: self._on_errors(this, name, module, held, errors.detach().view(shape)))
 
         return on_layer
@@ -765,7 +827,7 @@ class SGSC:
         self._sums: dict[str, Tensor] = {}
         self._active: dict[str, Tensor] = {}
         self._samples = 0
-        self._reduced: tuple[dict[str, nn.Parameter], dict[str, Tensor], dict[str, Tensor], int] | None = None
+        self._reduced = None
         self._gated = False
 
     def _statistic(self) -> tuple[dict[str, nn.Parameter], dict[str, Tensor], dict[str, Tensor], int]:
@@ -816,6 +878,12 @@ class SGSC:
         """{parameter name: c, [*shape] in [0, 1]} of the samples since the gradients were last cleared.
 
         float64 for float64 parameters, float32 otherwise. Raises RuntimeError before the first backward pass.
+
+        >>> model = mlp((40, 16, 10), seed=0)
+        >>> sgsc = SGSC(model, gamma=0.25)
+        >>> F.cross_entropy(model(torch.ones(4, 40)), torch.arange(4)).backward()
+        >>> sgsc.consistency()["2.bias"][:5]  # classes 0 to 3 are one sample's label each, class 4 is none's
+        tensor([0.5000, 0.5000, 0.5000, 0.5000, 1.0000])
         """
         parameters, sums, _, samples = self._statistic()
         return {name: s.to(_statistic_dtype(parameters[name])).abs() / samples for name, s in sums.items()}
@@ -833,6 +901,12 @@ class SGSC:
 
         All that the step does to a parameter is gated, decoupled weight decay included. Holds a copy of the parameters
         for the length of the step; c = 1 gives the ungated step bit for bit.
+
+        >>> model = mlp((40, 16, 10), seed=0)
+        >>> sgsc, optimizer = SGSC(model, gamma=0.25), torch.optim.Adam(model.parameters())
+        >>> F.cross_entropy(model(torch.ones(4, 40)), torch.arange(4)).backward()
+        >>> with sgsc.scaled_update():
+        ...     optimizer.step()
         """
         gated = [(p, gate.to(p.dtype), p.detach().clone()) for p, gate in self._gates()]
         yield
@@ -843,7 +917,14 @@ class SGSC:
     def summary(self) -> pd.DataFrame:
         """One tidy row a parameter: `parameter, entries, samples`; of c the `mean`, the quantiles `q05, q25, q50, q75,
         q95` and `share_zero`, the share of entries with c = 0; `active_share`, the share of (sample, entry) pairs with
-        a non-zero gradient, which caps c; and `noise_floor`, E[c] under random signs at this number of samples."""
+        a non-zero gradient, which caps c; and `noise_floor`, E[c] under random signs at this number of samples.
+
+        >>> model = mlp((40, 16, 10), seed=0)
+        >>> sgsc = SGSC(model, gamma=0.25)
+        >>> F.cross_entropy(model(torch.ones(4, 40)), torch.arange(4)).backward()
+        >>> sgsc.summary()["parameter"].tolist()
+        ['0.weight', '0.bias', '2.weight', '2.bias']
+        """
         _, _, active, samples = self._statistic()
         rows = []
         for name, c in self.consistency().items():
@@ -910,6 +991,12 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam's defaults (Kingma & Ba, arXiv 
 @dataclass(frozen=True)
 class Run:
     """One training run. Runs of one `seed` share initial weights and batches, whatever else differs.
+
+    >>> Run(seed=0, lr=0.01, gamma=0.25).placement
+    'before'
+    >>> Run(seed=0, lr=0.0)
+    Traceback (most recent call last):
+    ValueError: `lr` should be > 0. Found 0.0.
 
     `gamma` 0 is plain Adam. `placement` "before" gates the gradient that enters Adam (the card's method), "after" gates
     Adam's finished update. `control` replaces the gate by one that keeps a part of it: "permuted" shuffles it over the
@@ -1257,6 +1344,11 @@ def train(
 ) -> Curves:
     """Train multi-layer perceptrons with Adam and SGSC, many runs at once; return their `Curves` in order of `runs`.
 
+    >>> runs = [Run(seed, lr=0.01, gamma=gamma) for seed in (0, 1) for gamma in (0.0, 0.25)]
+    >>> curves = train(runs, load_mnist1d(500), epochs=2, widths=(40, 8, 10), n_jobs=1)
+    >>> curves.test_accuracy.shape, len(curves.frame())
+    ((4, 2), 8)
+
     Up to `stack_size` runs are stacked on a leading axis and trained together on one thread, stacks in parallel on
     `n_jobs` processes (-1: one a core), or on the workers of the Dask cluster whose `scheduler` has this address
     ("tcp://host:port"; they need this module installed). Run r gives the same numbers, bit for bit, alone and in any
@@ -1510,6 +1602,9 @@ def smoothness(loss: Any, *, window: int = 25, spike_threshold: float = 5.0) -> 
     - `lag1_autocorrelation`: of the changes L_t − L_{t−1}; negative where the loss oscillates from step to step.
 
     Raises ValueError for fewer than 4 points or an even window.
+
+    >>> float(smoothness([4.0, 2.0, 3.0, 1.0])["total_rise"])
+    1.0
     """
     loss = np.asarray(loss, dtype=np.float64)
     if loss.ndim == 0 or loss.shape[-1] < 4:
@@ -1521,7 +1616,7 @@ def smoothness(loss: Any, *, window: int = 25, spike_threshold: float = 5.0) -> 
     safe = np.where(finite[..., None], loss, 1.0)
     change = np.diff(safe)
     fall = safe[..., 0] - safe[..., -1]
-    positive = (safe > 0).all(-1)
+    positive = np.asarray((safe > 0).all(-1))
     centred = change - change.mean(-1, keepdims=True)
     variance = (centred**2).sum(-1)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -1577,6 +1672,10 @@ def compare_paired(a: Any, b: Any, *, margin: float) -> PairedComparison:
 
     For a measure where less is better, negate both. Raises ValueError for unequal or short input, for a value that is
     not finite (a diverged run must be given a value openly, not dropped), and for a margin that is not positive.
+
+    >>> found = compare_paired([0.71, 0.69, 0.73, 0.72], [0.66, 0.65, 0.67, 0.68], margin=0.01)
+    >>> round(found.mean_difference, 4), found.verdict
+    (0.0475, 'better')
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.ndim != 1 or a.shape != b.shape or len(a) < 2:
@@ -1634,7 +1733,11 @@ def compare_paired(a: Any, b: Any, *, margin: float) -> PairedComparison:
 
 
 def results_folder(results: str) -> Path:
-    """The folder for a notebook's results, made if need be; a relative path counts from the project's root."""
+    """The folder for a notebook's results, made if need be; a relative path counts from the project's root.
+
+    >>> results_folder("report/results/full").relative_to(ROOT).as_posix()
+    'report/results/full'
+    """
     folder = ROOT / check("results", results, str)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -1727,6 +1830,10 @@ def figure(fig: Any, label: str, *, caption: str, alt: str) -> None:
     """Display a matplotlib figure as SVG with a caption and a written alternative, and close it.
 
     `label` becomes the id `fig-<label>` that text refers to. Caption and alternative are escaped.
+
+    >>> import matplotlib.pyplot as plt
+    >>> figure(plt.figure(), "empty", caption="Nothing.", alt="An empty figure.")
+    <IPython.core.display.HTML object>
     """
     import matplotlib.pyplot as plt
     from IPython.display import HTML, display
@@ -1748,7 +1855,11 @@ def figure(fig: Any, label: str, *, caption: str, alt: str) -> None:
 
 
 def table(frame: pd.DataFrame, label: str, *, caption: str, formats: Mapping[str, str] | None = None) -> None:
-    """Display a table with a caption; `formats` gives a format string a column, like "{:.3f}". Text is escaped."""
+    """Display a table with a caption; `formats` gives a format string a column, like "{:.3f}". Text is escaped.
+
+    >>> table(pd.DataFrame({"p": [0.0312]}), "p", caption="One p value.", formats={"p": "{:.2f}"})
+    <IPython.core.display.HTML object>
+    """
     from IPython.display import HTML, display
 
     shown = frame.rename_axis(columns=None)  # pandas would print the axis's name as one more column
