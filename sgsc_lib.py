@@ -50,6 +50,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from optuna.distributions import BaseDistribution, distribution_to_json
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor, nn
 
@@ -115,7 +116,7 @@ def coerce(value: Any, kind: str) -> Any:
     if kind == "float" and type(value) in (int, str):
         with suppress(ValueError):
             value = float(value)
-    if type(value) is not KINDS[kind] or (kind == "float" and not math.isfinite(value)):
+    if type(value) is not KINDS[kind] or (isinstance(value, float) and not math.isfinite(value)):
         words = {"int": "an int", "float": "a finite float", "str": "a str", "bool": "a bool"}
         raise ValueError(f"should be {words[kind]}. Found {found!r}.")
     return value
@@ -143,8 +144,8 @@ def check_parameters(notebook: dict[str, Any], **at_least: float) -> None:
             problems.append(f"`{name}` {error}")
     for source in notebook.get("In", []):  # papermill's cell, which a notebook opened in Jupyter does not have
         if source.startswith("# Parameters\n"):
-            given = [node.targets[0].id for node in ast.parse(source).body if isinstance(node, ast.Assign)]
-            unknown = [name for name in given if name not in declared]
+            names = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
+            unknown = [n.id for n in names if isinstance(n.ctx, ast.Store) and n.id not in declared]
             problems += [f"`{name}` is not a parameter of this notebook: {', '.join(declared)}." for name in unknown]
     if problems:
         raise ValueError("\n".join(problems))
@@ -553,7 +554,7 @@ def convolution_rule(module: Any, inputs: Tensor, errors: Tensor) -> dict[str, t
     sums = torch.zeros_like(weight, dtype=torch.float32)
     active = torch.zeros((), dtype=torch.int64, device=weight.device)
     for part in _chunks(inputs, errors, max(weight.numel(), groups * math.prod(kernel) * errors.shape[-1])):
-        patches = F.unfold(inputs[part], kernel[1:], dilation, 0, stride)  # [b, in · kernel, L]
+        patches = F.unfold(inputs[part], tuple(kernel[1:]), dilation, 0, stride)  # [b, in · kernel, L]
         patches = patches.unflatten(1, (groups, -1))
         gradients = (
             errors[part].unflatten(1, (groups, -1)) @ patches.mT
@@ -1043,7 +1044,7 @@ def _fields_of(runs: Sequence[Run]) -> pd.DataFrame:
     """One row a run: seed, learning rate, γ, placement, and each other field that is not its default in all of them."""
     frame = pd.DataFrame([asdict(run) for run in runs])
     usual = asdict(Run(seed=0, lr=1.0))
-    return frame[[name for name in frame if name in list(usual)[:4] or (frame[name] != usual[name]).any()]]
+    return frame[[name for name in usual if name in list(usual)[:4] or (frame[name] != usual[name]).any()]]
 
 
 @dataclass
@@ -1203,12 +1204,12 @@ def _train_stack(
     torch.set_num_threads(1)
     x_train, y_train = data.x_train, data.y_train
     n_runs, n = len(runs), len(x_train)
-    gammas, peak_rates, decays, smoothing = (
+    gammas, peak_rates, decays, smoothings = (
         torch.tensor([getattr(run, field) for run in runs], dtype=torch.float64)
         for field in ("gamma", "lr", "weight_decay", "label_smoothing")
     )
     weight_decay = decays if decays.any() else None
-    smoothing = smoothing.to(x_train.dtype) if smoothing.any() else None
+    smoothing = smoothings.to(x_train.dtype) if smoothings.any() else None
     cosine = torch.tensor([run.schedule == "cosine" for run in runs])
     placement, control = runs[0].placement, runs[0].control
     relative = runs[0].gate if runs[0].gate in RELATIVES else None
@@ -1418,7 +1419,6 @@ def check_training(
     }
 
 
-@lru_cache(maxsize=1)
 def _engine_version() -> list[str]:
     return [hashlib.sha256(_source_of(_train_stack).encode()).hexdigest(), torch.__version__]
 
@@ -1548,7 +1548,7 @@ def _storage(url: str, journal: Path) -> Iterator[optuna.storages.BaseStorage]:
         raise ValueError(f"`storage` should be empty or a database URL, like 'postgresql+psycopg://…'. Found {url!r}.")
     journal.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
-        backend = None if url else optuna.storages.journal.JournalFileBackend(str(journal))
+        backend = None if url else JournalFileBackend(str(journal))
         yield optuna.storages.RDBStorage(url) if backend is None else optuna.storages.JournalStorage(backend)
     except (ValueError, KeyError) as error:  # a line that is not what a journal has
         way_out = f"Delete {journal}: the runs are cached, only the search is made again."
@@ -1571,8 +1571,8 @@ def _ask(
         fail, running = running, []
     else:
         fail = [t for t in running if take_over and t.params.keys() != space.keys()]
-    for trial in fail:
-        study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+    for left_open in fail:
+        study.tell(left_open.number, state=TrialState.FAIL, skip_if_finished=True)
     if take_over:
         return [(t.number, t.params) for t in running if t not in fail][: n_trials - n_finished]
     asked = [study.ask(space) for _ in range(min(ask_batch, n_trials - n_finished - len(running)))]
@@ -1798,8 +1798,8 @@ def write_claims(rows: Sequence[Mapping[str, Any]], folder: Path, *, notebook: s
 def read_table(path: str | os.PathLike, *, made_by: str) -> pd.DataFrame:
     """Read a CSV that another notebook made; errors name the command that makes it.
 
-    Raises FileNotFoundError where it is missing, and ValueError where it is no table, or not the one whose SHA-256 is in
-    the `manifest.json` beside it.
+    Raises FileNotFoundError where it is missing, and ValueError where it is no table, or is not what `manifest.json`
+    beside it says.
     """
     path = ROOT / path
     profile = path.parent.name if path.parent.parent == ROOT / "report" / "results" else "full"

@@ -357,7 +357,7 @@ def test_tables_are_written_whole_and_a_missing_one_names_its_maker(tmp_path):
     sgsc_lib.write_table(frame, tmp_path / "t.csv")
     assert sgsc_lib.read_table(tmp_path / "t.csv", made_by="02")["x"].tolist() == frame["x"].tolist()
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
-    with pytest.raises(FileNotFoundError, match=r"build\.py --only 02_tuning"):
+    with pytest.raises(FileNotFoundError, match=r"build\.py --profile full --only 02_tuning"):
         sgsc_lib.read_table(tmp_path / "none.csv", made_by="02_tuning")
 
 
