@@ -205,13 +205,14 @@ def test_the_cache_key_covers_every_function_that_training_uses():
         "adam_step_",
         "_controlled",
         "factored_sums",
-        "power_gate",
+        "_nonzero",
         "_stream",
         "_stacked_parameters",
         "mlp",
     ):
         assert f"def {name}(" in source, name
-    assert "BETA2 = 0.999" in source
+    assert "BETA2 = 0.999" in source and "SUMS['square'] = square" in source
+    assert "def power_gate(" in sgsc_lib._source_of(sgsc_lib.GATES["sign"])  # a stack's key holds that of its gate
 
 
 def test_frame_and_final_are_tidy(small):
