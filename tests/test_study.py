@@ -1,13 +1,20 @@
 """The data, the model, stacked training and the measures, each against an independent truth."""
 
+import functools
 import itertools
 import math
 
+import joblib
 import numpy as np
+import optuna
+import pandas as pd
 import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna.distributions import FloatDistribution
 from statsmodels.stats.proportion import proportion_confint
 from torch import nn
 
@@ -26,6 +33,7 @@ from sgsc_lib import (
     sign_consistency,
     smoothness,
     train,
+    tune,
 )
 
 EVERY_CURVE = ("step_loss", "probe_loss", *sgsc_lib.EPOCH_CURVES, "fresh_loss", "fresh_accuracy")
@@ -215,6 +223,209 @@ def test_the_cache_key_covers_every_function_that_training_uses():
     assert "def power_gate(" in sgsc_lib._source_of(sgsc_lib.GATES["sign"])  # a stack's key holds that of its gate
 
 
+# -- gates and relatives -----------------------------------------------------------------------------------------------
+
+# Each gate from per-sample gradients g [B, *shape] as its paper has it: no factors, no sums.
+DEFINITIONS = {
+    "sign": lambda g, gamma: g.sign().mean(0).abs() ** gamma,
+    "active": lambda g, gamma: (g.sign().sum(0).abs() / (g != 0).sum(0)).nan_to_num(0) ** gamma,
+    "magnitude": lambda g, gamma: (g.mean(0).abs() / g.abs().mean(0)).nan_to_num(0) ** gamma,
+    "snr": lambda g, gamma: (1 / (1 + g.var(0, correction=0) / g.mean(0) ** 2)).nan_to_num(0) ** gamma,
+    "and-mask": lambda g, gamma: (mask := (g.sign().mean(0).abs() >= gamma).to(g.dtype)) / (mask.mean() + 1e-10),
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 9), st.lists(st.integers(1, 7), min_size=2, max_size=4))
+@pytest.mark.parametrize("name", sgsc_lib.GATES)
+def test_each_gate_is_its_definition_on_per_sample_gradients(name, seed, batch_size, widths):
+    draw = torch.Generator().manual_seed(seed)
+    model = mlp(widths, seed=seed).double()
+    x, y = torch.randn(batch_size, widths[0], generator=draw).double(), torch.randint(widths[-1], (batch_size,))
+    gamma = 0.25 + torch.rand((), generator=draw).item() / 2
+    inputs, outputs = sgsc_lib._forward([p.detach().unsqueeze(0) for p in model.parameters()], x.unsqueeze(0))
+    for output in outputs:
+        output.requires_grad_()
+    inputs, outputs = sgsc_lib._forward([p.detach().unsqueeze(0) for p in model.parameters()], x.unsqueeze(0))
+    errors = torch.autograd.grad(sgsc_lib._losses(outputs[-1], y.unsqueeze(0)).sum(), outputs)
+    sums = {"total": lambda t: t, **sgsc_lib.SUMS}
+    found = []
+    for a, delta in zip(inputs, errors, strict=True):
+        by_name = {key: sgsc_lib.factored_sums(a, delta, sums[key]) for key in sgsc_lib.sums_of(sgsc_lib.GATES[name])}
+        for k in range(2):
+            tensors = [pair[k] for pair in by_name.values()]
+            gammas = torch.tensor([gamma], dtype=torch.float64)
+            found.append(sgsc_lib.GATES[name](*tensors, batch_size=batch_size, gamma=gammas)[0])
+    for gate, g in zip(found, per_sample_gradients(model, x, y).values(), strict=True):
+        # where the mean gradient is a rounding error of zero, two ways round differently
+        settled = (g.mean(0).abs() > 1e-12 * g.abs().mean(0)) | (g.abs().amax(0) == 0)
+        expected = DEFINITIONS[name](g, gamma)
+        if name == "and-mask":
+            settled = torch.ones_like(settled)
+        torch.testing.assert_close(gate[settled], expected[settled], rtol=1e-8, atol=1e-12)
+
+
+def by_reference(run: Run, data: Dataset, epochs: int, batch_size: int, widths: tuple) -> list[float]:
+    """A run from per-sample gradients, torch.optim.AdamW and torch's scheduler: the loss of every step."""
+    model = mlp(widths, seed=run.seed).double()
+    parameters, order, losses = list(model.parameters()), sgsc_lib._stream(run.seed, 1), []
+    optimizer = torch.optim.AdamW(parameters, lr=run.lr, weight_decay=run.weight_decay)
+    steps = epochs * math.ceil(len(data.x_train) / batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(data.x_train), generator=order).split(batch_size):
+            x, y = data.x_train[batch], data.y_train[batch]
+            smoothed = functools.partial(F.cross_entropy, label_smoothing=run.label_smoothing)
+            losses.append(smoothed(model(x), y).item())
+            per_sample = list(per_sample_gradients(model, x, y, smoothed).values())
+            before = [p.detach().clone() for p in parameters]
+            gated = [DEFINITIONS[run.gate](g, run.gamma) for g in per_sample] if run.gate in DEFINITIONS else None
+            for k, (p, g) in enumerate(zip(parameters, per_sample, strict=True)):
+                vote = run.gate == "vote"
+                p.grad = g.sign().mean(0).sign() if vote else g.mean(0)
+                if gated and run.placement == "before":
+                    p.grad = p.grad * gated[k]
+            gradients = [p.grad.clone() for p in parameters]
+            optimizer.step()
+            with torch.no_grad():
+                for k, (p, old) in enumerate(zip(parameters, before, strict=True)):
+                    update = p - old
+                    if gated and run.placement == "after":
+                        update = update * gated[k]
+                    if run.gate == "cautious":
+                        agrees = (update * gradients[k] < 0).double()
+                        update = update * agrees / agrees.mean().clamp(min=1e-3)
+                    if run.gate == "vote" and run.placement == "after":
+                        update = -optimizer.param_groups[0]["lr"] * gradients[k]
+                    p.copy_(old + update)
+            if run.schedule == "cosine":
+                schedule.step()
+    return losses
+
+
+RELATED = [
+    Run(0, 0.01, 0.4, p, gate=g) for p in ("before", "after") for g in ("active", "magnitude", "snr", "and-mask")
+]
+RELATED += [Run(0, 0.003, 1.0, p, gate="vote") for p in ("before", "after")]
+RELATED += [
+    Run(0, 0.01, 1.0, "after", gate="cautious"),
+    Run(0, 0.01, schedule="cosine"),
+    Run(0, 0.01, weight_decay=0.3),
+    Run(0, 0.01, label_smoothing=0.2),
+    Run(0, 0.05, 0.5, "after", schedule="cosine", label_smoothing=0.1),
+]
+
+
+@pytest.mark.parametrize("run", RELATED, ids=str)
+def test_every_relative_and_remedy_trains_as_torch_does_it_from_per_sample_gradients(small, run):
+    double = Dataset(*(part.double() if part.is_floating_point() else part for part in small))
+    curves = train([run], double, n_jobs=1, epochs=3, batch_size=40, widths=(40, 24, 10))
+    tolerance = 1e-6 if run.gate == "snr" else 1e-8
+    np.testing.assert_allclose(curves.step_loss[0], by_reference(run, double, 3, 40, (40, 24, 10)), rtol=tolerance)
+
+
+def test_a_relative_is_the_same_alone_and_in_a_stack(small):
+    together = train([*RELATED, *RUNS], small, n_jobs=1, **SHORT)
+    for r, run in enumerate(RELATED):
+        alone = train([run], small, n_jobs=1, **SHORT)
+        assert np.array_equal(alone.step_loss[0], together.step_loss[r]), run
+
+
+def test_a_gate_of_ones_own_trains_on_other_processes_and_has_a_cache_of_its_own(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(sgsc_lib.GATES, "mine", lambda sign, *, batch_size, gamma: (sign.abs() / batch_size) ** 0.5)
+    mine, ours = Run(0, 0.01, 0.5, gate="mine"), Run(0, 0.01, 0.5)
+    found = train([mine] * 2 + [ours], small, n_jobs=2, stack_size=1, cache=tmp_path, **SHORT)
+    np.testing.assert_allclose(found.step_loss[0], found.step_loss[2], rtol=1e-5)
+    monkeypatch.setitem(sgsc_lib.GATES, "mine", lambda sign, *, batch_size, gamma: sign * 0.0)
+    again = train([mine], small, n_jobs=1, cache=tmp_path, **SHORT)
+    assert not np.array_equal(again.step_loss[0], found.step_loss[0])
+
+
+def test_evaluating_seldom_changes_nothing_but_the_rows(small):
+    often, seldom = (train(RUNS[:3], small, n_jobs=1, evaluate_every=k, **SHORT | {"epochs": 5}) for k in (1, 2))
+    assert seldom.evaluated.tolist() == [2, 4, 5] and often.evaluated.tolist() == [1, 2, 3, 4, 5]
+    assert np.array_equal(seldom.test_loss, often.test_loss[:, [1, 3, 4]])
+    assert seldom.frame()["epoch"].tolist() == [2, 4, 5] * 3
+    assert "epoch_roughness" not in seldom.final() and "epoch_roughness" in often.final()
+
+
+# -- the cache and tuning survive --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "flipped"])
+def test_a_damaged_cache_entry_is_computed_again(small, tmp_path, damage, capfd):
+    first = train(RUNS[:2], small, cache=tmp_path, n_jobs=1, **SHORT)
+    entries = list(tmp_path.rglob("output.pkl"))
+    assert entries
+    for entry in entries:
+        whole = bytearray(entry.read_bytes())
+        if damage == "flipped":
+            where = max(whole.find(row.tobytes()) for row in first.step_loss)  # one bit of one loss
+            assert where > 0
+            whole[where + 2] ^= 1
+        entry.write_bytes({"truncated": whole[: len(whole) // 2], "emptied": b"", "flipped": whole}[damage])
+    again = train(RUNS[:2], small, cache=tmp_path, n_jobs=1, **SHORT)
+    assert all(np.array_equal(getattr(first, n), getattr(again, n), equal_nan=True) for n in EVERY_CURVE)
+    if damage == "flipped":
+        assert "is damaged: training it again" in capfd.readouterr().err
+
+
+SPACE = {"lr": FloatDistribution(1e-3, 1e-1, log=True), "gamma": FloatDistribution(0.0, 2.0), "placement": "after"}
+SEARCH = {"study": "test", "n_studies": 2, "n_trials": 7, "ask_batch": 3, "epochs": 1, "batch_size": 40, "n_jobs": 1}
+
+
+def search(data: Dataset, cache, **changes) -> pd.DataFrame:
+    arms = {"Adam": {"lr": SPACE["lr"]}, "after": SPACE}
+    return tune(arms, data, cache=cache, widths=(40, 10), **SEARCH | changes)
+
+
+class Stop(Exception):
+    """As good as a kill: raised in the middle of a call, with nothing tidied up."""
+
+
+@pytest.mark.parametrize("call", ["ask", "tell", "train"])
+def test_a_search_stopped_anywhere_has_the_history_of_one_that_was_not(small, tmp_path, monkeypatch, call):
+    whole, stops = search(small, tmp_path / "whole"), 0
+    owner = sgsc_lib if call == "train" else optuna.Study
+    original, budget = getattr(owner, call), [0]
+
+    def stopping(*args, **kwargs):
+        budget[0] -= 1
+        if budget[0] < 0:
+            raise Stop
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, call, stopping)
+    for attempt in range(1, 30):
+        budget[0] = 1 if call == "train" else 5 * attempt
+        try:
+            resumed = search(small, tmp_path / "stopped")
+            break
+        except Stop:
+            stops += 1
+    assert 2 <= stops < 29
+    pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
+    assert whole.groupby(["arm", "study"]).size().tolist() == [7] * 4
+
+
+def test_a_damaged_journal_is_refused_by_name(small, tmp_path):
+    search(small, tmp_path, n_trials=2)
+    (journal,) = tmp_path.rglob("*.journal")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:3], b'{"broken\n', *lines[4:]]))
+    with pytest.raises(RuntimeError, match=r"storage can't be read.*Delete .*test\.journal"):
+        search(small, tmp_path, n_trials=2)
+
+
+def test_processes_that_share_a_database_share_the_trials(small, tmp_path):
+    url = f"sqlite:///{tmp_path / 'trials.db'}"
+    search(small, tmp_path, storage=url, n_studies=1, n_trials=1)  # the tables are there before two processes want to make them
+    own = {"storage": url, "n_studies": 1, "n_trials": 5}
+    both = joblib.Parallel(n_jobs=2)(joblib.delayed(search)(small, tmp_path / str(k), **own) for k in range(2))
+    assert all(part.groupby(["arm", "study"]).size().tolist() == [5] * 2 for part in both)
+    pd.testing.assert_frame_equal(*both)
+
+
 def test_frame_and_final_are_tidy(small):
     curves = train(RUNS[:2], small, n_jobs=1, **{**SHORT, "epochs": 4})
     frame, final = curves.frame(), curves.final()
@@ -352,8 +563,6 @@ def test_equal_arms_are_equivalent_with_p_one():
 
 
 def test_tables_are_written_whole_and_a_missing_one_names_its_maker(tmp_path):
-    import pandas as pd
-
     frame = pd.DataFrame({"x": [0.1 + 0.2, 1e-300]})
     sgsc_lib.write_table(frame, tmp_path / "t.csv")
     assert sgsc_lib.read_table(tmp_path / "t.csv", made_by="02")["x"].tolist() == frame["x"].tolist()
