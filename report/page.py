@@ -1,13 +1,15 @@
 """The page: executed notebooks in, one self-contained HTML file out, by nbconvert's own extension points.
 
 A preprocessor (`KeepOurs`) decides which outputs a reader sees; two Jinja filters (`markdown`, `number`) turn Markdown
-into HTML with MathML and give figures, tables and equations their numbers; report/template/ says how it all looks.
+into HTML with MathML and give figures, tables and equations their numbers; report/template/ says how it all looks. The
+first figure and the explorer are drawn from result files, and are left out where those files are not among the results.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
 import re
 from pathlib import Path
@@ -15,17 +17,23 @@ from typing import Any
 from urllib.parse import quote
 
 import nbformat
+import pandas as pd
 import pypandoc
+import yaml
 from bs4 import BeautifulSoup
 from jinja2 import pass_context
 from nbconvert import HTMLExporter
 from nbconvert.filters import markdown2html_pandoc
 from nbconvert.preprocessors import Preprocessor
+from summary import forest
 
 TEMPLATE = Path(__file__).resolve().parent / "template"
+UPLOT = TEMPLATE / "uplot-1.6.32"  # as the npm registry has it: 50 kB with bands and log scales, where others take 200
+CITATION = TEMPLATE.parent.parent / "CITATION.cff"
 SIZE_LIMIT = 6_000_000  # bytes of one page
 PANDOC = ["--mathml", "--shift-heading-level-by=1", "--wrap=none", "--syntax-highlighting=none"]  # # is an h2
 TAGGED = re.compile(r"\$\$((?:(?!\$\$).)+?)\\tag\{([^}]+)\}((?:(?!\$\$).)*)\$\$", re.DOTALL)  # $$ ... \tag{2.1} ... $$
+NUMBER = re.compile(r"[-+−]?[\d,]+(\.\d+)?(e[-+]?\d+)?|–")  # a cell of a column that is set to the right
 REFERENCES = ("", "Figure", "Table", "Equation")  # a link with one of these texts gets the number of what it links to
 
 
@@ -55,6 +63,17 @@ def merge(executed: dict[str, Path]) -> nbformat.NotebookNode:
             cell.id, cell.metadata["starts"] = f"{stem}-{number}", stem if number == 1 else ""
             merged.cells.append(cell)
     return merged
+
+
+def script_text(path: Path) -> str:
+    """Return a script, or a licence as the comment above the script that it belongs to."""
+    text = path.read_text(encoding="utf-8")
+    return text if path.suffix == ".js" else f"/*\n{text}*/"
+
+
+def csp_hash(script: str) -> str:
+    """Jinja filter: the source expression that lets the page's policy run this inline script and no other."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def name_of(cell_id: str) -> str:
@@ -92,21 +111,24 @@ def markdown(context, source: str) -> str:
         formula.semantics.unwrap()
         if formula["display"] == "block" and "equation" not in formula.parent.get("class", []):
             formula.wrap(soup.new_tag("span", attrs={"class": "equation"}))
+    for widths in soup.find_all("colgroup"):
+        widths.decompose()  # pandoc's guess from the source's dashes; the browser knows better
     for table in soup.find_all("table"):
         table.wrap(soup.new_tag("div", attrs={"class": "scroll"}))
     return str(soup)
 
 
-def number(html: str, known: list[str]) -> dict[str, Any]:
+def number(html: str) -> dict[str, Any]:
     """Jinja filter: number figures, tables and equations, resolve references; return the `html` and its `contents`.
 
-    `known` are the ids that the rest of the page has. BuildError: an image without alternative text or kept elsewhere,
-    a label used twice, a reference to a label that does not exist.
+    `html` is the whole of main. BuildError: an image without alternative text, or not an SVG within the page, a label
+    used twice, a reference to a label that does not exist.
     """
     soup = BeautifulSoup(html, "html.parser")
 
     def fail(tag, message):
-        raise BuildError(f"{name_of(tag.find_parent(class_='cell')['id'])}: {message}")
+        cell = tag.find_parent(class_="cell")
+        raise BuildError(f"{name_of(cell['id']) if cell else 'report/template'}: {message}")
 
     def link(target, content, **attrs):
         tag = soup.new_tag("a", href=f"#{target}", attrs=attrs)
@@ -114,8 +136,8 @@ def number(html: str, known: list[str]) -> dict[str, Any]:
         return tag
 
     for img in soup.find_all("img"):
-        if not img.get("alt", "").strip() or not img.get("src", "").startswith("data:"):
-            fail(img, f"an image should have alternative text and be embedded. Found {str(img)[:120]}")
+        if not img.get("alt", "").strip() or not img.get("src", "").startswith("data:image/svg+xml"):
+            fail(img, f"an image should have alternative text and be embedded as SVG. Found {str(img)[:120]}")
         img.wrap(soup.new_tag("div", attrs={"class": "plate"}))
     labels = {}
     for prefix, word in ("fig", "Figure"), ("tbl", "Table"):
@@ -128,11 +150,15 @@ def number(html: str, known: list[str]) -> dict[str, Any]:
         n = equation["id"].removeprefix("eq-")
         labels[equation["id"]] = f"Equation\N{NO-BREAK SPACE}{n}"
         equation.append(link(equation["id"], [f"({n})"], **{"class": "label"}))
+    for cell in soup.select(".cell:has(details.code):has(figure[id])"):
+        made = " and ".join(labels[figure["id"]] for figure in cell.select("figure[id]"))
+        what = re.sub(r"^Show the code(: (Figure|Table)(?=: ))?", f"Show the code of {made}", cell.summary.get_text())
+        cell.summary.string = what
 
-    contents, ids = [], set(known)
+    contents, ids = [], set()
     for heading in soup.find_all(["h2", "h3", "h4"]):  # the h2 is the title of its section, which has the id
-        stem = heading.find_parent("section")["id"].removeprefix("nb-")
-        target = f"nb-{stem}" if heading.name == "h2" else f"{stem}-{heading.get('id')}"
+        section = heading.find_parent("section", id=True)["id"]
+        target = section if heading.name == "h2" else f"{section.removeprefix('nb-')}-{heading.get('id')}"
         heading["id"] = f"{target}-title" if heading.name == "h2" else target
         entry = {"id": target, "title": heading.decode_contents(), "parts": []}
         if heading.name == "h2":
@@ -142,6 +168,11 @@ def number(html: str, known: list[str]) -> dict[str, Any]:
         heading.append(link(target, list(heading.contents)))
     for table in soup.find_all("table"):
         table.attrs.pop("border", None)  # pandas writes it, HTML no longer has it
+        rows = [row.find_all("td") for row in table.select("tbody tr")]
+        for k, column in enumerate(zip(*rows, strict=False)):
+            if all(NUMBER.fullmatch(cell.get_text().strip()) for cell in column):
+                for cell in [*column, *table.select(f"thead tr > :nth-child({k + 1})")]:
+                    cell["class"] = "number"
     for tag in soup.find_all(id=True):
         if tag["id"] in ids:
             fail(tag, f"there is a second {tag['id']} on the page. Rename one of the two.")
@@ -155,24 +186,59 @@ def number(html: str, known: list[str]) -> dict[str, Any]:
     return {"html": str(soup), "contents": contents}
 
 
+def explorer(curves_csv: Path) -> dict[str, Any]:
+    """Return what the explorer draws: the grid's `gammas` and `rates`, and `json` with every cell's curves by epoch."""
+    frame = pd.read_csv(curves_csv)
+    cells = {}
+    for (placement, gamma, lr), cell in frame.sort_values("epoch").groupby(["placement", "gamma", "lr"]):
+        cells[f"{placement} {gamma:g} {lr:g}"] = [
+            [float(f"{value:.4g}") if pd.notna(value) else None for value in cell[column]]
+            for column in ("train_loss_mean", "train_loss_std", "test_accuracy_mean", "test_accuracy_std")
+        ]
+    text = json.dumps({"seeds": int(frame["n"].max()), "cells": cells}, separators=(",", ":"), allow_nan=False)
+    return {
+        "gammas": [f"{gamma:g}" for gamma in sorted(frame["gamma"].unique())],
+        "rates": [f"{lr:g}" for lr in sorted(frame["lr"].unique())],
+        "seeds": int(frame["n"].max()),
+        "json": text.replace("<", "\\u003c"),  # nothing in it can end the script element that carries it
+    }
+
+
+def citation(cff: Path) -> dict[str, Any]:
+    """Return the fields of a CITATION.cff, with `names` for its authors; empty without the file."""
+    if not cff.exists():
+        return {}
+    fields = yaml.safe_load(cff.read_text(encoding="utf-8"))
+    missing = [key for key in ("title", "authors", "version", "date-released", "license") if key not in fields]
+    if missing:
+        raise BuildError(f"{cff.name} should have {', '.join(missing)}. Found {', '.join(fields)}.")
+    people = [author.get("name") or f"{author['given-names']} {author['family-names']}" for author in fields["authors"]]
+    return {**fields, "names": people}
+
+
 def render(executed: dict[str, Path], manifest: dict[str, Any], data: list[Path], findings: str = "") -> str:
     """Return the page: `findings` (Markdown), the executed notebooks as sections, `data` as downloads, the manifest."""
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(pypandoc.get_pandoc_path()), os.environ.get("PATH", "")])
-    script = (TEMPLATE / "page.js").read_text(encoding="utf-8")
-    digest = hashlib.sha256(script.encode()).digest()
+    read = {path.name: path for path in data}
+    styles, scripts = [TEMPLATE / "page.css"], [[TEMPLATE / "page.js"]]
+    if curves := read.get("factorial_curves.csv"):
+        styles.insert(0, UPLOT / "uPlot.min.css")
+        scripts.append([UPLOT / "LICENSE", UPLOT / "uPlot.iife.min.js", TEMPLATE / "explorer.js"])
     page = {
         "manifest": manifest,
         "findings": findings,
-        "style": (TEMPLATE / "page.css").read_text(encoding="utf-8"),
-        "script": script,
-        "script_hash": base64.b64encode(digest).decode(),  # the only script that the page lets run
+        "figure": forest(read["comparisons.csv"]) if "comparisons.csv" in read else "",
+        "explorer": explorer(curves) if curves else {},
+        "citation": citation(CITATION),
+        "style": "\n".join(path.read_text(encoding="utf-8") for path in styles),
+        "scripts": ["\n".join(map(script_text, paths)) for paths in scripts],
         "data": [{"name": path.name, "text": path.read_text(encoding="utf-8")} for path in data],
     }
     exporter = HTMLExporter(
         extra_template_basedirs=[str(TEMPLATE.parent)],
         template_name=TEMPLATE.name,
         preprocessors=[KeepOurs],
-        filters={"markdown": markdown, "number": number, "duration": duration, "quote": quote},
+        filters={"markdown": markdown, "number": number, "csp_hash": csp_hash, "duration": duration, "quote": quote},
         config={"NbConvertBase": {"display_data_priority": ["text/html", "text/markdown", "text/plain"]}},
     )
     html, _ = exporter.from_notebook_node(merge(executed), {"page": page})

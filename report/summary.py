@@ -1,96 +1,204 @@
-"""The findings in words: claims.csv in, Markdown out, for the top of the page and the README. No number is typed."""
+"""The findings for the top of the page and the README: result files in, sentences, tables and a figure out.
+
+No number is typed, and no verdict either: each sentence says what the verdict in claims.csv says, whichever that is.
+"""
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 
 MARKS = "<!-- findings: written by report/build.py from report/results/full/claims.csv -->", "<!-- /findings -->"
 
-# The abstract is worded for these verdicts. Where a run reaches others, its words would be wrong, and it is left out.
-WORDED_FOR = {
-    "1-before-tuned": "contradicted",
-    "1-card-values": "confirmed",
-    "2-card-values": "confirmed",
-    "2-card-common-lr-adam": "equivalent",
-    "2-card-common-lr-sgsc": "equivalent",
-    "2-after-tuned": "contradicted",
-    "5-signal": "confirmed",
-    "6-after-permuted": "better",
-    "6-after-layer-mean": "better",
-    "6-after-frozen": "better",
+# Conditions as claims.csv and comparisons.csv name them: how a reader meets them, in the order of reading.
+CONDITIONS = {
+    "card's values, before": "the card's settings",
+    "card's values at common-lr (Adam's), before": "the card's γ, both at its Adam rate",
+    "card's values at common-lr (SGSC's), before": "the card's γ, both at its SGSC rate",
+    "tuned, before": "both tuned",
+    "common-lr (Adam's), before": "tuned γ, both at Adam's rate",
+    "common-lr (SGSC's), before": "tuned γ, both at SGSC's rate",
+    "matched-loss, before": "both tuned, to equal loss",
+    "tuned, after": "gate after Adam, both tuned",
+    "matched-loss, after": "gate after Adam, to equal loss",
+}
+
+# The short table: claims by id, where the card made them, at one learning rate, and with both arms tuned.
+SHORT = [
+    ("1-card-values", "1-card-common-lr-adam", "1-before-tuned"),
+    ("2-card-values", "2-card-common-lr-adam", "2-before-tuned"),
+    (None, None, "3-before-tuned"),
+    (None, None, "4-before-tuned"),
+    (None, None, "5-signal"),
+    (None, "5-before-permuted", None),
+]
+
+SMOOTH = {
+    "confirmed": "smoother than Adam's",
+    "contradicted": "rougher than Adam's",
+    "equivalent": "as rough as Adam's within the margin",
+    "inconclusive": "neither clearly smoother nor clearly rougher than Adam's",
+}
+ACCURATE = {
+    "confirmed": "lower than Adam's",
+    "contradicted": "higher than Adam's",
+    "equivalent": "the same as Adam's within the margin",
+    "inconclusive": "neither clearly lower nor clearly higher than Adam's",
+}
+NOISE = {
+    "confirmed": "A low c does mark a noisy gradient",
+    "contradicted": "A low c marks a clean gradient, not a noisy one",
+    "inconclusive": "Whether a low c marks a noisy gradient stays open",
 }
 
 
-def shown(row: pd.Series) -> str:
+def typeset(text: str) -> str:
+    """Return numbers as print has them: a minus for a hyphen, and no line break within × 2.02 or [1.62, 2.53]."""
+    return re.sub(r"(?<=×) |(?<=\d,) (?=[\d+−])", "\N{NO-BREAK SPACE}", re.sub(r"-(?=\d)", "−", text))
+
+
+def shown(row: Mapping) -> str:
     """A claim's estimate and 95 % interval in the unit that a reader thinks in."""
-    values = [row["estimate"], row["ci_low"], row["ci_high"]]
-    if "accuracy" in row["measure"]:
-        return "{:+.2f} points [{:+.2f}, {:+.2f}]".format(*(100 * value for value in values))
-    if (
-        "smoothness (-log roughness)" in row["measure"]
-    ):  # more is smoother there; a reader wants the factor of roughness
-        return "roughness × {:.2f} [{:.2f}, {:.2f}]".format(*(math.exp(-values[k]) for k in (0, 2, 1)))
-    if "log roughness" in row["measure"]:
-        return "roughness × {:.2f} [{:.2f}, {:.2f}]".format(*(math.exp(value) for value in values))
-    if "log10" in row["measure"]:
-        return "× {:.2f} [{:.2f}, {:.2f}]".format(*(10**value for value in values))
-    if "total rise" in row["measure"]:
-        return "rise {:+.3f} nats [{:+.3f}, {:+.3f}]".format(*(-values[k] for k in (0, 2, 1)))
-    return "{:.2f} [{:.2f}, {:.2f}]".format(*values)
+    values, measure = [row["estimate"], row["ci_low"], row["ci_high"]], row["measure"]
+    if "accuracy" in measure:
+        pattern, values = "{:+.2f} points [{:+.2f}, {:+.2f}]", [100 * value for value in values]
+    elif "smoothness (-log roughness)" in measure:  # more is smoother there; a reader wants the factor of roughness
+        pattern, values = "roughness × {:.2f} [{:.2f}, {:.2f}]", [math.exp(-values[k]) for k in (0, 2, 1)]
+    elif "log roughness" in measure:
+        pattern, values = "roughness × {:.2f} [{:.2f}, {:.2f}]", [math.exp(value) for value in values]
+    elif "log10" in measure:
+        pattern, values = "× {:.2f} [{:.2f}, {:.2f}]", [10**value for value in values]
+    elif "total rise" in measure:
+        pattern, values = "rise {:+.3f} nats [{:+.3f}, {:+.3f}]", [-values[k] for k in (0, 2, 1)]
+    else:
+        pattern = "{:.2f} [{:.2f}, {:.2f}]"
+    return typeset(pattern.format(*values))
 
 
-def abstract(claims: pd.DataFrame) -> list[str]:
-    """Five sentences, the uncomfortable parts first; none where the verdicts are not those they are worded for."""
-    row = dict(claims.set_index("id").iterrows())
-    if {identity: row[identity]["verdict"] for identity in WORDED_FOR if identity in row} != WORDED_FOR:
+def strength_of(correlation: float) -> str:
+    """A word for the size of a correlation."""
+    return next(word for limit, word in ((0.3, "weakly"), (0.6, "moderately"), (2, "strongly")) if correlation < limit)
+
+
+def abstract(row: dict[str, dict]) -> list[str]:
+    """The answer in five sentences, from the claims by id; none where a claim that they need was not judged."""
+    needed = "1-before-tuned 2-before-tuned 1-card-values 1a-card-values-learning-rate 1a-card-values-gamma 5-signal"
+    if not {*needed.split(), "2-after-tuned", "6-after-permuted"} <= row.keys():
         return []
-
-    def say(identity: str) -> str:
-        return f"{shown(row[identity])}, **{row[identity]['verdict']}**"
-
-    seeds = int(row["2-before-tuned"]["n"])
+    verdict = {identity: claim["verdict"] for identity, claim in row.items()}
+    number = {identity: shown(claim) for identity, claim in row.items()}
+    gate_alone = number["1a-card-values-gamma"].removeprefix("roughness ")
+    strength = "" if verdict["5-signal"] != "confirmed" else f", but only {strength_of(row['5-signal']['estimate'])}"
     return [
-        f"With both tuned by equal searches, over {seeds} paired seeds, the card's method is rougher than Adam, "
-        f"not smoother "
-        f"({say('1-before-tuned')}), and about as accurate: {say('2-before-tuned')} as «less accurate», and "
-        f"{say('2f-before-tuned')} on a fresh test draw.",
-        f"The card's own two settings do behave as it says ({say('2-card-values')} as «less accurate»; "
-        f"{say('1-card-values')} as «smoother»), but not because of SGSC: the lower learning rate alone makes "
-        f"{shown(row['1a-card-values-learning-rate'])} of that, γ alone {shown(row['1a-card-values-gamma'])}, and at a "
-        f"common learning rate the accuracies differ by {shown(row['2-card-common-lr-adam'])} and "
-        f"{shown(row['2-card-common-lr-sgsc'])}.",
-        f"The best γ before Adam is {say('3-before-tuned')} as «close to 0», and SGSC's best learning rate is "
-        f"{say('4-before-tuned')} as «lower than Adam's».",
-        f"Behind Adam the same gate is another method: with a learning rate {shown(row['4-after-tuned'])} that "
-        f"of Adam it "
-        f"beats it by {shown(row['2-after-tuned'])} of test accuracy and {shown(row['2f-after-tuned'])} on the "
-        f"fresh draw, "
-        f"and its look-alikes at the same rate by {say('6-after-permuted')} (gates shuffled over parameters), "
-        f"{say('6-after-layer-mean')} (their layer means) and {say('6-after-frozen')} (frozen at the first step).",
-        "A low c marks a noisy gradient only weakly (rank correlation with the signal-to-noise ratio "
-        f"{say('5-signal')}), and before Adam filtering by it does not explain smoothness: {say('5-before-permuted')} "
-        f"against shuffled gates, {say('5-before-no-gate')} against no gate.",
+        f"With both tuned alike, **SGSC's training loss is {SMOOTH[verdict['1-before-tuned']]}**: "
+        f"{number['1-before-tuned']}, over {row['1-before-tuned']['n']} paired seeds.",
+        f"**Its test accuracy is {ACCURATE[verdict['2-before-tuned']]}**: {number['2-before-tuned']}.",
+        f"With the card's own settings **its loss is {SMOOTH[verdict['1-card-values']]}**: the lower learning rate "
+        f"alone makes {number['1a-card-values-learning-rate']}, γ alone {gate_alone}.",
+        f"**{NOISE[verdict['5-signal']]}**{strength}: its rank correlation with the signal-to-noise ratio is "
+        f"{number['5-signal']}.",
+        f"Moved behind Adam and tuned again, **its test accuracy is {ACCURATE[verdict['2-after-tuned']]}**: "
+        f"{number['2-after-tuned']}, and {number['6-after-permuted']} against the same gate shuffled over parameters.",
     ]
+
+
+def markdown_table(header: str, rows: list[list[str]]) -> str:
+    lines = [header, "|" + "---|" * (header.count("|") - 1), *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines)
 
 
 def findings(claims_csv: Path) -> str:
-    """Markdown: the abstract and a table of the card's claims about its own method; empty where there is no file."""
+    """Markdown: the answer, the card's claims in short, and every verdict on them folded; empty without the file."""
     if not claims_csv.exists():
         return ""
     claims = pd.read_csv(claims_csv)
-    card = claims[
-        (claims["source"] == "card") & ~claims["id"].str.contains("after") & claims["id"].str.match(r"[1-5]-")
+    row = {claim["id"]: claim for claim in claims.to_dict("records")}
+
+    def cell(identity: str | None) -> str:
+        return f"**{row[identity]['verdict']}** {shown(row[identity])}" if identity in row else "–"
+
+    short = [[next(row[k] for k in ids if k in row)["claim"], *map(cell, ids)] for ids in SHORT if {*ids} & row.keys()]
+    place = {condition: k for k, condition in enumerate(CONDITIONS)}
+    card = sorted(
+        (claim for identity, claim in row.items() if claim["source"] == "card" and "after" not in identity),
+        key=lambda claim: (claim["id"].split("-")[0], place.get(claim["setting"], len(place))),
+    )
+    whole = [
+        [c["claim"], CONDITIONS.get(c["setting"], c["setting"]), str(c["n"]), shown(c), c["verdict"]] for c in card
     ]
-    lines = ["| the card's claim | condition | n | estimate, 95 % interval | verdict |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {row['claim']} | {row['setting']} | {row['n']} | {shown(row)} | {row['verdict']} |"
-        for _, row in card.iterrows()
+    parts = [
+        "\n".join(f"- {sentence}" for sentence in abstract(row)),
+        markdown_table("| The card's claim | at its own settings | at one learning rate | both tuned |", short),
+        f"<details>\n<summary>Every verdict on the card's claims ({len(whole)})</summary>",
+        markdown_table("| The card's claim | condition | n | estimate, 95 % interval | verdict |", whole),
+        "</details>",
     ]
-    return "\n\n".join(["\n".join(f"- {sentence}" for sentence in abstract(claims)), "\n".join(lines)])
+    return "\n\n".join(parts)
+
+
+def forest(comparisons_csv: Path) -> str:
+    """HTML: the figure of every condition's paired differences in accuracy and roughness."""
+    table = pd.read_csv(comparisons_csv)
+    table = table[table["setting"].isin(CONDITIONS)]
+    panels = {  # measure: title, axis label, what a value is to a reader
+        "test accuracy": ("Final test accuracy", "SGSC minus Adam, points", lambda value: 100 * value),
+        "smoothness (-log roughness)": ("Roughness of the loss", "SGSC over Adam", lambda value: np.exp(-value)),
+    }
+    settings = [setting for setting in CONDITIONS if setting in set(table["setting"])]
+    looks = {  # by verdict; told apart by shape as well as by colour
+        "better": {"marker": "^", "color": "C2"},
+        "worse": {"marker": "v", "color": "C1"},
+        "equivalent": {"marker": "D", "color": "C0"},
+        "inconclusive": {"marker": "o", "color": "0.35", "mfc": "w"},
+    }
+    told = []
+    with plt.style.context(Path(__file__).with_name("sgsc.mplstyle")):
+        fig, axes = plt.subplots(1, 2, figsize=(7.6, 1.4 + 0.3 * len(settings)), sharey=True)
+        for ax, (measure, (title, label, read)) in zip(axes, panels.items(), strict=True):
+            rows = table[table["measure"] == measure].set_index("setting").reindex(settings)
+            ax.axvspan(*sorted(read(side * rows["margin"].iloc[0]) for side in (-1, 1)), color="0.6", alpha=0.3, lw=0)
+            ax.axvline(read(0), color="0.3", linewidth=0.8)
+            for y, (setting, row) in enumerate(rows.iterrows()):
+                value = read(row["mean_difference"])
+                low, high = sorted([read(row["ci_low"]), read(row["ci_high"])])
+                ax.plot([low, high], [y, y], color=looks[row["verdict"]]["color"])
+                ax.plot(value, y, linestyle="", **looks[row["verdict"]])
+                told.append(f"{CONDITIONS[setting]}: {value:.2f} [{low:.2f}, {high:.2f}], {row['verdict']}")
+            told[-len(rows)] = f"{title}, {label}. {told[-len(rows)]}"
+            ax.set(title=title, xlabel=label)
+        axes[1].set_xscale("log")
+        low, high = axes[1].get_xlim()
+        axes[1].xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,)))
+        axes[1].xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"× {value:g}"))
+        axes[1].xaxis.set_minor_locator(plt.NullLocator())
+        axes[0].set_yticks(range(len(settings)), [CONDITIONS[setting] for setting in settings])
+        axes[0].invert_yaxis()
+        handles = [plt.Line2D([], [], linestyle="", label=verdict, **look) for verdict, look in looks.items()]
+        fig.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        buffer = io.BytesIO()
+        fig.savefig(buffer, format="svg", metadata={"Date": None})
+        plt.close(fig)
+    source = base64.b64encode(buffer.getvalue()).decode()
+    caption = (
+        f"SGSC against Adam in {len(settings)} conditions: mean paired difference with its 95 % interval over "
+        f"{table['n'].max()} seeds, and the verdict on SGSC. Grey: the margin of what matters, fixed beforehand. Left, "
+        "further right is more accurate; right, further left is smoother. A gate after Adam at a common learning rate "
+        "is left out, as its differences are of another scale: see the table of verdicts in section 3."
+    )
+    alt = html.escape(typeset("; ".join(told)))
+    return (
+        f'<figure id="fig-findings"><img alt="{alt}" src="data:image/svg+xml;base64,{source}">'
+        f"<figcaption>{html.escape(typeset(caption))}</figcaption></figure>"
+    )
 
 
 def update_readme(readme: Path, claims_csv: Path) -> None:

@@ -1,5 +1,5 @@
 // Comfort only: without this script the page reads the same. Theme kept between visits, the contents follow the reader,
-// and what scrolls sideways can be scrolled by keyboard.
+// what scrolls sideways can be scrolled by keyboard, and every table can be saved as CSV.
 (() => {
   const root = document.documentElement;
   const store = { get() { try { return localStorage.getItem('theme'); } catch { return null; } },
@@ -45,6 +45,19 @@
       requestAnimationFrame(() => { waiting = false; follow(); });
     }, { passive: true });
     follow();
+
+    const quoted = (cell) => `"${cell.textContent.trim().replaceAll('"', '""')}"`;
+    document.querySelectorAll('main .scroll > table').forEach((table, k) => {
+      const csv = [...table.rows].map((row) => [...row.cells].map(quoted).join(',')).join('\r\n');
+      const link = Object.assign(document.createElement('a'), {
+        download: `${table.closest('figure')?.id ?? `table-${k + 1}`}.csv`, textContent: 'Save this table as CSV',
+        href: `data:text/csv;charset=utf-8,${encodeURIComponent(`${csv}\r\n`)}`,
+      });
+      link.setAttribute('aria-label', `Save as CSV: ${link.download}`);
+      const tools = Object.assign(document.createElement('p'), { className: 'tools' });
+      tools.append(link);
+      table.parentElement.after(tools);
+    });
 
     const reach = new ResizeObserver((entries) => {
       for (const { target } of entries) {
