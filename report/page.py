@@ -111,6 +111,11 @@ def markdown(context, source: str) -> str:
         formula.semantics.unwrap()
         if formula["display"] == "block" and "equation" not in formula.parent.get("class", []):
             formula.wrap(soup.new_tag("span", attrs={"class": "equation"}))
+        elif formula["display"] == "inline" and (after := re.match(r"[^\s\w]+", formula.next_sibling or "")):
+            formula.next_sibling.replace_with(formula.next_sibling[after.end() :])
+            formula.wrap(soup.new_tag("span", attrs={"class": "joined"})).append(
+                after[0]
+            )  # no line ends before a comma
     for widths in soup.find_all("colgroup"):
         widths.decompose()  # pandoc's guess from the source's dashes; the browser knows better
     for table in soup.find_all("table"):

@@ -1,10 +1,25 @@
-"""The smoke page in a real browser: offline, accessible, readable on a phone, on paper and without JavaScript."""
+"""The smoke page in a real browser: offline, accessible, readable on a phone, on paper and without JavaScript.
 
+Then the parts of the page that come from result files: the findings, the first figure, the explorer, the citation.
+"""
+
+import csv
+import json
+import os
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
+import page as report
+import pandas as pd
 import pytest
+import summary
 from axe_playwright_python.sync_playwright import Axe
+from bs4 import BeautifulSoup
+from conftest import ROOT, code, write_notebook
 
+RESULTS = ROOT / "report/results/full"
 WIDE, PHONE = {"width": 1440, "height": 900}, {"width": 360, "height": 740}
 
 
@@ -53,6 +68,16 @@ def test_its_policy_forbids_network_access(open_page):
     assert blocked == "connect-src"
 
 
+def test_the_html_checker_reports_no_error(smoke_page):
+    jar = Path(os.environ.get("VNU_JAR", ROOT / ".cache/node_modules/vnu-jar/build/dist/vnu.jar"))
+    if not (jar.exists() and shutil.which("java")):
+        away = pytest.fail if os.environ.get("CI") else pytest.skip
+        away("The Nu HTML checker needs Java and: npm install --no-save --prefix .cache vnu-jar (or VNU_JAR=its path)")
+    command = ["java", "-jar", jar, "--errors-only", "--exit-zero-always", "--stdout", "--format", "json", smoke_page]
+    checked = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(checked.stdout)["messages"] == []
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["wide", "phone"])
 def test_axe_finds_nothing(open_page, scheme, viewport):
@@ -86,6 +111,14 @@ def test_every_figure_is_numbered_described_and_drawn(open_page):
     assert figures
     for caption, alt, width in figures:
         assert re.match(r"(Figure|Table)\u00a0\d+\. \S", caption) and alt.strip() and width > 0
+
+
+def test_code_is_folded_under_the_figure_it_makes(open_page):
+    page = open_page()
+    for figure in page.locator(".cell figure[id]").all():
+        label = figure.locator("figcaption .label").text_content().rstrip(".")
+        summary = figure.locator("xpath=ancestor::*[@class='cell']").locator("details.code > summary")
+        assert re.match(rf"Show the code of (.* and )?{label}\b.*: \S", summary.text_content())
 
 
 def test_it_says_that_its_numbers_are_not_the_studys(open_page):
@@ -157,8 +190,85 @@ def test_raw_results_can_be_saved(open_page, smoke_page):
         page.close()
 
 
+def test_every_table_can_be_saved_as_it_is_shown(open_page):
+    page = open_page()
+    links = page.locator(".tools a[download]")
+    assert links.count() == page.locator(":is(#findings, .cell) table").count() > 10
+    link = page.locator("#tbl-arms .tools a")
+    with page.expect_download() as download:
+        link.click()
+    assert download.value.suggested_filename == "tbl-arms.csv"
+    rows = list(csv.reader(download.value.path().read_text(encoding="utf-8").splitlines()))
+    assert rows == page.evaluate(
+        "[...document.querySelector('#tbl-arms table').rows].map(row => [...row.cells].map(cell => cell.textContent))"
+    )
+
+
+def test_the_first_screen_has_the_answer(open_page):
+    page = open_page()
+    assert page.locator("#findings > ul > li").count() == 5
+    for part in ("h1", ".lead", "#findings > ul"):
+        box = page.locator(part).first.bounding_box()
+        assert box["y"] + box["height"] <= WIDE["height"], part
+    assert page.locator("#findings figcaption").text_content().startswith("Figure\u00a01. ")
+    assert re.search(r"the card's settings: −?\d+\.\d\d \[", page.locator("#findings img").get_attribute("alt"))
+
+
+def drawn(page) -> list[str]:
+    """The explorer's two plots, as images."""
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    return page.evaluate("[...document.querySelectorAll('#explorer canvas')].map(canvas => canvas.toDataURL())")
+
+
+@pytest.mark.parametrize(
+    ("label", "key", "said"),
+    [
+        ("γ", "ArrowLeft", "SGSC (before Adam, γ = 0, learning rate 0.0045)"),
+        ("SGSC’s learning rate", "ArrowRight", "SGSC (before Adam, γ = 0.5, learning rate 0.0135)"),
+        ("before Adam", "ArrowDown", "SGSC (after Adam, γ = 0.5, learning rate 0.0045)"),
+        ("Adam’s learning rate", "End", "Adam (learning rate 0.0135)"),
+    ],
+)
+def test_the_explorer_is_worked_by_keyboard(open_page, label, key, said):
+    page = open_page()
+    status, before = page.locator("#explorer [role=status]"), drawn(page)
+    assert len(before) == 2 and said not in status.text_content()
+    page.locator("#explorer").get_by_label(label, exact=True).focus()
+    page.keyboard.press(key)
+    assert said in status.text_content()
+    assert all(old != new for old, new in zip(before, drawn(page), strict=True))
+    assert page.messages == []
+
+
+def test_the_explorer_says_what_the_results_say(open_page, smoke_page):
+    curves = pd.read_csv(smoke_page.parent / "results/smoke/factorial_curves.csv")
+    end = curves[(curves["epoch"] == curves["epoch"].max()) & (curves["lr"] == 0.0045)].set_index(
+        ["placement", "gamma"]
+    )
+    said = open_page().locator("#explorer [role=status]").text_content()
+    for cell in (("before", 0.5), ("before", 0.0)):
+        loss, accuracy = end.loc[cell, "train_loss_mean"], end.loc[cell, "test_accuracy_mean"]
+        assert re.search(rf"training loss {loss:.1f}\d*, test accuracy {100 * accuracy:.1f} %", said), said
+
+
+def test_the_explorer_follows_the_theme(open_page):
+    page = open_page(color_scheme="light")
+    light = drawn(page)
+    page.get_by_role("radio", name="Dark").check(force=True)
+    assert all(old != new for old, new in zip(light, drawn(page), strict=True))
+
+
+def test_the_explorer_fits_a_phone(open_page):
+    page = open_page(viewport=PHONE)
+    drawn(page)
+    right = page.evaluate("[...document.querySelectorAll('#explorer *')].map(tag => tag.getBoundingClientRect().right)")
+    assert max(right) <= PHONE["width"]
+
+
 def test_without_javascript_it_reads_the_same(open_page):
     page = open_page(java_script_enabled=False)
+    assert page.locator("#fig-factorial img").is_visible() and not page.locator("#explorer form").is_visible()
+    assert page.get_by_text("With JavaScript, training curves").is_visible()
     assert page.locator("nav li a").first.is_visible()
     assert page.locator("main h2").first.is_visible()
     page.get_by_role("radio", name="Dark").check(force=True)
@@ -172,7 +282,9 @@ def test_it_prints(open_page):
     page = open_page(color_scheme="dark", viewport={"width": 643, "height": 971})  # A4 within its margins of 2 cm
     assert page.pdf(format="A4").startswith(b"%PDF")
     page.emulate_media(media="print")
-    assert page.evaluate("[...document.querySelectorAll('nav, details.code')].every(tag => !tag.checkVisibility())")
+    assert page.evaluate(
+        "[...document.querySelectorAll('nav, main details, #explorer')].every(tag => !tag.checkVisibility())"
+    )
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     boxes = page.evaluate(
         "[...document.querySelectorAll('figure img, figure table, .equation math')].map(tag => {"
@@ -181,3 +293,110 @@ def test_it_prints(open_page):
     assert boxes
     clipped = [name for name, left, right, height in boxes if left < -1 or right > 644 or height > 971]
     assert clipped == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From result files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def claims_with(tmp_path, **verdicts: str) -> Path:
+    """The committed claims with other verdicts; a name is an id with _ for -."""
+    claims = pd.read_csv(RESULTS / "claims.csv").set_index("id")
+    for identity, verdict in verdicts.items():
+        claims.loc[identity.removeprefix("claim_").replace("_", "-"), "verdict"] = verdict
+    claims.to_csv(tmp_path / "claims.csv")
+    return tmp_path / "claims.csv"
+
+
+@pytest.mark.parametrize(
+    ("verdict", "smooth", "accurate"),
+    [
+        ("confirmed", "loss is smoother than Adam's**", "accuracy is lower than Adam's**"),
+        ("contradicted", "loss is rougher than Adam's**", "accuracy is higher than Adam's**"),
+        ("equivalent", "loss is as rough as Adam's within the margin**", "the same as Adam's within the margin**"),
+        ("inconclusive", "neither clearly smoother nor clearly rougher", "neither clearly lower nor clearly higher"),
+    ],
+)
+def test_the_answer_says_what_the_verdicts_say(tmp_path, verdict, smooth, accurate):
+    path = claims_with(tmp_path, claim_1_before_tuned=verdict, claim_2_before_tuned=verdict)
+    first, second, *rest = summary.findings(path).split("\n\n")[0].splitlines()
+    assert smooth in first and accurate in second and len(rest) == 3
+
+
+def test_the_answers_numbers_are_the_claims_in_a_readers_units(tmp_path):
+    path = claims_with(tmp_path)
+    claims = pd.read_csv(path).set_index("id")
+    claims.loc["1-before-tuned", ["estimate", "ci_low", "ci_high"]] = -0.6931472, -1.0986123, 0.0
+    claims.loc["2-before-tuned", ["estimate", "ci_low", "ci_high"]] = -0.0123, -0.02, 0.001
+    claims.to_csv(path)
+    text = summary.findings(path).replace("\u00a0", " ")
+    assert "roughness × 2.00 [1.00, 3.00]" in text and "−1.23 points [−2.00, +0.10]" in text
+
+
+def test_every_verdict_of_the_card_is_in_the_folded_table():
+    claims = pd.read_csv(RESULTS / "claims.csv")
+    folded = summary.findings(RESULTS / "claims.csv").split("<details>")[1]
+    card = claims[(claims["source"] == "card") & ~claims["id"].str.contains("after")]
+    verdicts = [line.split("|")[-2].strip() for line in folded.splitlines() if line.startswith("| ")][1:]
+    assert sorted(verdicts) == sorted(card["verdict"])
+
+
+def test_without_claims_there_are_no_findings(tmp_path):
+    assert summary.findings(tmp_path / "claims.csv") == ""
+
+
+@pytest.fixture
+def rendered(tmp_path, monkeypatch):
+    """Render a notebook that shows the factorial, with given result files and CITATION.cff; the page, parsed."""
+    figure = BeautifulSoup(summary.forest(RESULTS / "comparisons.csv"), "html.parser").figure
+    figure["id"] = "fig-factorial"
+    executed = {"01_one": write_notebook(tmp_path / "01_one.ipynb", "# One", code("", {"text/html": str(figure)}))}
+    manifest = json.loads((RESULTS / "manifest.json").read_text())
+
+    def render(*data: Path, citation: str | None = None) -> BeautifulSoup:
+        monkeypatch.setattr(report, "CITATION", tmp_path / "CITATION.cff")
+        if citation is not None:
+            report.CITATION.write_text(citation)
+        return BeautifulSoup(report.render(executed, manifest, list(data)), "html.parser")
+
+    return render
+
+
+def test_what_has_no_result_file_is_left_out(rendered):
+    soup = rendered()
+    assert not soup.find(id="explorer") and not soup.find(id="cite") and not soup.select("header figure")
+    assert len(soup.find_all("script")) == 1
+
+
+def test_names_in_results_cannot_leave_the_explorers_data(rendered, tmp_path):
+    curves = pd.read_csv(RESULTS / "factorial_curves.csv")
+    curves.loc[0, "placement"] = "</script><script>alert(1)</script>"
+    curves.loc[1, "train_loss_mean"] = float("nan")  # a run that diverged
+    curves.to_csv(tmp_path / "factorial_curves.csv", index=False)
+    soup = rendered(tmp_path / "factorial_curves.csv")
+    assert len(soup.find_all("script")) == 3
+    cells = json.loads(soup.find(id="explorer-data").string)["cells"]
+    assert "</script><script>alert(1)</script> 0.05 0.001" in cells and None in cells["after 0.05 0.001"][0]
+
+
+CFF = """
+title: A & B
+version: 0.1.0
+authors: [{given-names: Ada, family-names: Lovelace}, {name: The <team>}]
+date-released: 2026-11-24
+license: MIT
+"""
+
+
+def test_the_citation_is_that_of_the_repository(rendered):
+    soup = rendered(citation=CFF + "url: https://example.org/sgsc")
+    cite = soup.find(id="cite")
+    assert "Ada Lovelace, The <team>. A & B, version 0.1.0, 2026-11-24. Licence: MIT." in cite.p.get_text()
+    assert "author  = {Ada Lovelace and The <team>}," in cite.pre.get_text()
+    assert cite.p.a["href"] == "https://example.org/sgsc" and soup.select_one('nav a[href="#cite"]')
+
+
+def test_a_citation_without_a_field_names_it(rendered):
+    with pytest.raises(report.BuildError, match=r"CITATION\.cff should have license\. Found title, version"):
+        rendered(citation=CFF.replace("license: MIT", ""))

@@ -9,7 +9,7 @@
   const epochs = Object.values(cells)[0][LOSS].map((_, k) => k + 1);
 
   const all = (curve) => Object.values(cells).flatMap((cell) => cell[curve]).filter((value) => value > 0);
-  const ends = { [LOSS]: [Math.min(...all(LOSS)), Math.max(...all(LOSS))], [ACCURACY]: [0, Math.max(...all(ACCURACY))] };
+  const ends = Object.fromEntries([LOSS, ACCURACY].map((k) => [k, [Math.min(...all(k)), Math.max(...all(k))]])); // fixed axes
   const value = (slider) => slider.dataset.values.split(' ')[slider.value];
   const cell = (placement, g, lr) => cells[`${g === '0' ? 'before' : placement} ${g} ${lr}`]; // γ = 0 has no placement
 
@@ -41,10 +41,11 @@
                  font: '12px sans-serif', labelFont: '12px sans-serif', labelSize: 18 };
   const arm = (selector, dash) => [{ stroke: colour(selector), width: 2, dash, points: { show: false } },
                                    ...[1, -1].map(() => ({ points: { show: false } }))];
+  const decades = (_, splits) => splits.map((y) => (Number.isInteger(Math.log10(y)) ? y : null));
   const draw = (curve, label, target) => new uPlot({
     width: 300, height: 260, legend: { show: false }, cursor: { drag: { x: false, y: false }, y: false, sync: { key: 'explorer' } },
     scales: { x: { time: false }, y: { range: ends[curve], distr: curve === LOSS ? 3 : 1 } },
-    axes: [{ ...axis, label: 'epoch', size: 34 }, { ...axis, label, size: 52 }],
+    axes: [{ ...axis, label: 'epoch', size: 34 }, { ...axis, label, size: 52, ...(curve === LOSS && { grid: { ...axis.grid, filter: decades }, ticks: { show: false } }) }],
     series: [{}, ...arm('.sgsc'), ...arm('.adam', [6, 4])],
     bands: [{ series: [2, 3], fill: faint('.sgsc') }, { series: [5, 6], fill: faint('.adam') }],
     hooks: { setCursor: [(plot) => { if (plot.cursor.event) tell(epochs[plot.cursor.idx ?? epochs.length - 1]); }] },

@@ -47,7 +47,7 @@
     follow();
 
     const quoted = (cell) => `"${cell.textContent.trim().replaceAll('"', '""')}"`;
-    document.querySelectorAll('main .scroll > table').forEach((table, k) => {
+    document.querySelectorAll(':is(#findings, .cell) .scroll > table').forEach((table, k) => {
       const csv = [...table.rows].map((row) => [...row.cells].map(quoted).join(',')).join('\r\n');
       const link = Object.assign(document.createElement('a'), {
         download: `${table.closest('figure')?.id ?? `table-${k + 1}`}.csv`, textContent: 'Save this table as CSV',
@@ -64,6 +64,6 @@
         if (target.scrollWidth > target.clientWidth) target.tabIndex = 0; else target.removeAttribute('tabindex');
       }
     });
-    for (const area of document.querySelectorAll('.scroll, pre, .equation')) reach.observe(area);
+    for (const area of document.querySelectorAll('.scroll, .plate, pre, .equation')) reach.observe(area);
   });
 })();
