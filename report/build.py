@@ -7,41 +7,49 @@
 
 A profile is report/profiles/NAME.yaml, lines of `notebook: {parameter: value}` in the order to run, all checked before
 anything runs. papermill writes the executed notebooks to report/executed/NAME/; they write their raw results to
-report/results/NAME/, where manifest.json says what was run, with what, and how long it took. The page comes last and in
-one step: a build that fails leaves the previous page as it was.
+report/results/NAME/, where manifest.json says what was run, with what, how long it took, and each result's SHA-256. The
+page comes last and in one step: a build that fails or is killed leaves the previous page as it was, and the next one reads
+from the cache what was trained by then. Results that are no longer what the manifest says are refused, never mixed.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib.metadata
-import json
 import logging
 import math
 import os
-import platform
-import re
 import signal
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import papermill
 import yaml
+from filelock import FileLock, Timeout
+from manifest import (
+    LIBRARY,
+    ROOT,
+    check_environment,
+    check_results,
+    now,
+    raw_results,
+    read_manifest,
+    results_of,
+    sha256,
+    write_manifest,
+    write_text,
+)
 from nbclient.exceptions import DeadKernelError
 from page import BuildError, duration, render
 from papermill.exceptions import PapermillExecutionError
 from summary import findings, update_readme
 from traitlets.config import Config
 
-ROOT = Path(__file__).resolve().parent.parent
-LIBRARY = ROOT / "sgsc_lib.py"
 KERNEL = Config({"KernelManager": {"transport_encryption": "auto"}})  # no other user of the machine can listen in
 TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 WORDS = {"int": "an int", "float": "a finite float", "str": "a non-empty str", "bool": "a bool"}
@@ -134,6 +142,12 @@ def read_profile(place: Place) -> dict[str, dict[str, Any]]:
     return plan
 
 
+def defaults(place: Place, stem: str) -> dict[str, str]:
+    """Return the notebook's parameters with their defaults, as they are written in it."""
+    declared = papermill.inspect_notebook(place.notebook(stem))
+    return {name: parameter["default"] for name, parameter in declared.items()}
+
+
 def list_all(root: Path) -> str:
     """Return the text of --list: the profiles, and each notebook's parameters with what every profile gives them."""
     plans = {name: read_profile(Place(name, root)) for name in profiles(root)}
@@ -152,12 +166,20 @@ def list_all(root: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+@contextmanager
+def locked(place: Place) -> Iterator[None]:
+    """Hold the profile's lock, which ends with this process however it ends; BuildError names a build that has it."""
+    place.results.mkdir(parents=True, exist_ok=True)
+    holder = place.results / ".lock.holder"
+    try:
+        with FileLock(place.results / ".lock", blocking=False):
+            write_text(holder, f"process {os.getpid()}, started {now()}")
+            for left in place.results.glob(".*.part"):  # by a build that was killed while it wrote
+                left.unlink()
+            yield
+    except Timeout:
+        who = holder.read_text(encoding="utf-8") if holder.exists() else "started just now"
+        raise BuildError(f"another build of {place.profile} is running: {who}. Wait for it, or end it.") from None
 
 
 def fingerprint(place: Place, stem: str, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -186,54 +208,6 @@ def run_notebook(place: Place, stem: str, parameters: dict[str, Any]) -> None:
         raise BuildError(f"{stem}, cell {number}: {what}\nThe notebook as far as it came: {output}") from None
 
 
-def read_manifest(place: Place) -> dict[str, Any]:
-    path = place.results / "manifest.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"notebooks": {}}
-
-
-def raw_results(place: Place) -> list[Path]:
-    """Return the CSV and JSON files in the profile's results folder, but for the manifest."""
-    files = [*place.results.glob("*.csv"), *place.results.glob("*.json")]
-    return sorted(path for path in files if path.name != "manifest.json")
-
-
-def write_manifest(place: Place, ran: dict[str, Any]) -> dict[str, Any]:
-    """Write and return manifest.json: what made the results that lie beside it."""
-    import torch
-
-    from sgsc_lib import DATA_SHA256
-
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    needs = [need for need in importlib.metadata.requires("sgsc") or [] if "extra ==" not in need]
-    packages = sorted(re.split(r"[^\w.-]", need)[0] for need in needs)
-    started = min(entry["started"] for entry in ran.values())
-    fresh = datetime.fromisoformat(started).timestamp()
-    manifest = {
-        "profile": place.profile,
-        "started": started,
-        "finished": now(),
-        "seconds": round(sum(entry["seconds"] for entry in ran.values()), 1),
-        "library_sha256": sha256(LIBRARY),
-        "data_sha256": DATA_SHA256,
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in packages},
-        "machine": {
-            "system": f"{platform.system()} {platform.machine()}",
-            "cpu": model[1] if model else platform.processor(),
-            "cores": os.cpu_count(),
-            "torch_threads": torch.get_num_threads(),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
-        },
-        "notebooks": ran,
-        "results": {path.name: sha256(path) for path in raw_results(place) if path.stat().st_mtime >= fresh},
-    }
-    place.results.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(manifest, indent=2, ensure_ascii=False)
-    (place.results / "manifest.json").write_text(text + "\n", encoding="utf-8")
-    return manifest
-
-
 def build(profile: str, only: str | None = None, root: Path = ROOT) -> Path | None:
     """Run a profile's notebooks (or the `only` one) and write its page; None: a notebook is still out of date."""
     os.environ["JUPYTER_PATH"] = f"{sys.prefix}/share/jupyter"  # so that `python3` is this interpreter's kernel
@@ -242,36 +216,69 @@ def build(profile: str, only: str | None = None, root: Path = ROOT) -> Path | No
     todo = [stem for stem in plan if stem.startswith(only or "")]
     if only and len(todo) != 1:
         raise BuildError(f"--only should be the start of one notebook's name: {', '.join(plan)}. Found {only!r}.")
-    previous = read_manifest(place)["notebooks"]
-    ran = {stem: entry for stem, entry in previous.items() if only and stem in plan}
+    with locked(place):
+        ran = run(place, plan, todo)
+        return write_page(place, plan, ran)
+
+
+def run(place: Place, plan: dict[str, dict[str, Any]], todo: list[str]) -> dict[str, Any]:
+    """Run the notebooks `todo` of the plan; return the manifest's entries of all that are run by now."""
+    whole = todo == list(plan)
+    try:
+        manifest = read_manifest(place.results)
+    except BuildError:
+        if not whole:
+            raise
+        manifest = {"notebooks": {}}
+    previous = manifest["notebooks"]
+    ran = {stem: entry for stem, entry in previous.items() if not whole and stem in plan}
+    if whole:
+        (place.results / "claims.csv").unlink(missing_ok=True)  # the one file to which notebooks add
+    elif set(ran) - set(todo):
+        check_environment(place.results, manifest)
     begin = time.monotonic()
     for k, stem in enumerate(todo, 1):
         expected = [previous.get(later, {}).get("seconds") for later in todo[k - 1 :]]
         left = "" if None in expected else f", about {duration(sum(expected))} left"
         print(f"[{k}/{len(todo)}] {stem}: {duration(time.monotonic() - begin)} so far{left}", flush=True)
-        ran.pop(stem, None)
+        check_results(place.results, results_of(ran), ran, rerun=stem)
+        before = {path: path.stat().st_mtime_ns for path in raw_results(place.results)}
         started, start = now(), time.monotonic()
         run_notebook(place, stem, plan[stem])
-        seconds = round(time.monotonic() - start, 1)
-        ran[stem] = {**fingerprint(place, stem, plan[stem]), "started": started, "seconds": seconds}
-        manifest = write_manifest(place, {name: ran[name] for name in plan if name in ran})
-        print(f"[{k}/{len(todo)}] {stem}: done in {duration(seconds)}", flush=True)
+        ran[stem] = {
+            **fingerprint(place, stem, plan[stem]),
+            "defaults": {name: text for name, text in defaults(place, stem).items() if name not in plan[stem]},
+            "started": started,
+            "seconds": round(time.monotonic() - start, 1),
+            "results": {
+                path.name: sha256(path)
+                for path in raw_results(place.results)
+                if path.stat().st_mtime_ns != before.get(path)
+            },
+        }
+        write_manifest(place.results, place.profile, {name: ran[name] for name in plan if name in ran})
+        print(f"[{k}/{len(todo)}] {stem}: done in {duration(ran[stem]['seconds'])}", flush=True)
+    return ran
+
+
+def write_page(place: Place, plan: dict[str, dict[str, Any]], ran: dict[str, Any]) -> Path | None:
+    """Render the executed notebooks and the results as the profile's page; None: a notebook is out of date."""
     for stem in plan:
         current = fingerprint(place, stem, plan[stem])
         if {key: ran.get(stem, {}).get(key) for key in current} != current or not place.executed(stem).exists():
             print(f"No page yet: {stem} has to run with its present source, parameters and sgsc_lib.py first.")
             return None
-    for path in raw_results(place):
+    manifest = read_manifest(place.results)
+    check_results(place.results, manifest["results"], ran)
+    for path in raw_results(place.results):
         if path.name not in manifest["results"]:
             print(f"{path} is older than this run: no notebook writes it, and the page leaves it out.", file=sys.stderr)
     data = [place.results / name for name in [*manifest["results"], "manifest.json"]]
     claims = place.results / "claims.csv"
     html = render({stem: place.executed(stem) for stem in plan}, manifest, data, findings(claims))
-    beside = place.page.with_suffix(".html.part")
-    beside.write_text(html, encoding="utf-8")
-    os.replace(beside, place.page)
-    if profile == "full" and (root / "README.md").exists():
-        update_readme(root / "README.md", claims)
+    write_text(place.page, html)
+    if place.profile == "full" and (place.root / "README.md").exists():
+        update_readme(place.root / "README.md", claims)
     print(f"{place.page}: {len(html.encode()) / 1e6:.2f} MB")
     return place.page
 
@@ -292,6 +299,10 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
             build(options.profile, options.only, root)
     except BuildError as error:
         print(f"build.py: {error}\nThe previous page is left as it was.", file=sys.stderr)
+        return 1
+    except OSError as error:  # a full disk, a folder that cannot be written
+        where = f": {error.filename}" if error.filename else ""
+        print(f"build.py: {error.strerror}{where}\nThe previous page is left as it was.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # the interrupted cell's own traceback tells nothing

@@ -259,7 +259,8 @@ def test_rendering_twice_gives_the_same_page(made):
     root, _ = made
     place = build.Place("smoke", root)
     executed = {stem: place.executed(stem) for stem in ("01_first", "02_second")}
-    pages = {page.render(executed, build.read_manifest(place), build.raw_results(place)) for _ in range(2)}
+    manifest, results = build.read_manifest(place.results), build.raw_results(place.results)
+    pages = {page.render(executed, manifest, results) for _ in range(2)}
     assert len(pages) == 1
 
 
@@ -347,14 +348,14 @@ def test_an_interrupt_ends_the_kernel_and_leaves_the_page_as_it_was(toy):
 )
 def test_what_cannot_go_on_the_page_is_refused_by_name(made, tmp_path, cell, message):
     root, _ = made
-    manifest = build.read_manifest(build.Place("smoke", root))
+    manifest = build.read_manifest(root / "report/results/smoke")
     executed = {"01_one": write_notebook(tmp_path / "01_one.ipynb", "# One", cell)}
     with pytest.raises(page.BuildError, match=f"^01_one, cell 2: .*{re.escape(message)}"):
         page.render(executed, manifest, [])
 
 
 def test_an_error_output_is_refused(made, tmp_path):
-    manifest = build.read_manifest(build.Place("smoke", made[0]))
+    manifest = build.read_manifest(made[0] / "report/results/smoke")
     cell = code("boom()")
     cell.outputs = [nbformat.v4.new_output("error", ename="NameError", evalue="boom", traceback=[])]
     executed = {"01_one": write_notebook(tmp_path / "01_one.ipynb", "# One", cell)}
@@ -363,7 +364,7 @@ def test_an_error_output_is_refused(made, tmp_path):
 
 
 def test_a_page_over_the_limit_names_its_biggest_parts(made, tmp_path, monkeypatch):
-    manifest = build.read_manifest(build.Place("smoke", made[0]))
+    manifest = build.read_manifest(made[0] / "report/results/smoke")
     monkeypatch.setattr(page, "SIZE_LIMIT", 100_000)
     (tmp_path / "big.csv").write_text("0" * 100_000)
     executed = {"01_one": write_notebook(tmp_path / "01_one.ipynb", "# One", code("", {"text/html": FIGURE}))}

@@ -1,0 +1,138 @@
+"""manifest.json: what made the results that lie beside it, and whether they still are what it says."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from page import BuildError
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = ROOT / "sgsc_lib.py"
+
+
+def write_text(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def raw_results(folder: Path) -> list[Path]:
+    """Return the CSV and JSON files in a folder of results, but for the manifest."""
+    return sorted(path for path in [*folder.glob("*.csv"), *folder.glob("*.json")] if path.name != "manifest.json")
+
+
+def environment() -> dict[str, Any]:
+    """Return what all results of a build are made with: data, versions, machine."""
+    import torch
+
+    from sgsc_lib import DATA_SHA256
+
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    needs = [need for need in importlib.metadata.requires("sgsc") or [] if "extra ==" not in need]
+    packages = sorted(re.split(r"[^\w.-]", need)[0] for need in needs)
+    return {
+        "data_sha256": DATA_SHA256,
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cpu": model[1] if model else platform.processor(),
+            "cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
+        },
+    }
+
+
+def results_of(ran: dict[str, Any]) -> dict[str, str]:
+    """Return {file name: SHA-256} of all that the notebooks wrote; for a file of several, as the last left it."""
+    results = {}
+    for entry in sorted(ran.values(), key=lambda entry: entry["started"]):
+        results |= entry.get("results", {})
+    return dict(sorted(results.items()))
+
+
+def write_manifest(folder: Path, profile: str, ran: dict[str, Any]) -> dict[str, Any]:
+    """Write and return the manifest of what the notebooks `ran` left in the folder."""
+    results = results_of(ran)
+    tables = {name: pd.read_csv(folder / name) for name in results if name.endswith(".csv")}
+    manifest = {
+        "profile": profile,
+        "started": min(entry["started"] for entry in ran.values()),
+        "finished": now(),
+        "seconds": round(sum(entry["seconds"] for entry in ran.values()), 1),
+        "library_sha256": sha256(LIBRARY),
+        **environment(),
+        "notebooks": ran,
+        "seeds": {name: sorted(map(int, t["seed"].unique())) for name, t in tables.items() if "seed" in t},
+        "results": results,
+    }
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the folder's manifest, an empty one where there is none yet; BuildError if it is damaged."""
+    path = folder / "manifest.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"notebooks": {}, "results": {}}
+    except ValueError as error:  # not JSON, not UTF-8
+        raise BuildError(f"{path} is damaged: {error}. Make it anew: {command(folder.name)}") from None
+
+
+def command(profile: str, *only: str) -> str:
+    return f"python report/build.py --profile {profile}" + (f" --only {only[0]}" if len(only) == 1 else "")
+
+
+def check_results(folder: Path, results: dict[str, str], ran: dict[str, Any], rerun: str | None = None) -> None:
+    """Raise BuildError naming each of the `results` that is not what it was, but for those that only `rerun` writes."""
+    problems, makers = [], set()
+    for name, digest in results.items():
+        made_by = {stem for stem, entry in ran.items() if name in entry.get("results", {})}
+        path = folder / name
+        if made_by == {rerun} or (path.exists() and sha256(path) == digest):
+            continue
+        wrong = "is not what manifest.json says: truncated, edited or damaged" if path.exists() else "is missing"
+        problems.append(f"{path} {wrong}.")
+        makers |= made_by
+    if problems:
+        raise BuildError("\n".join([*problems, f"Make it anew: {command(folder.name, *makers)}"]))
+
+
+def check_environment(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise BuildError where the folder's results were made with other data, versions or on another CPU than this."""
+
+    def flat(made: dict[str, Any]) -> dict[str, Any]:
+        cpu = f"{made['machine']['system']} {made['machine']['cpu']}"
+        return {"data": made["data_sha256"], "Python": made["python"], "machine": cpu, **made["packages"]}
+
+    then, today = flat(manifest), flat(environment())
+    differ = {key: (then.get(key), today.get(key)) for key in then | today if then.get(key) != today.get(key)}
+    if differ:
+        raise BuildError(
+            f"the results in {folder} were made with "
+            + ", ".join(f"{key} {old} (now {new})" for key, (old, new) in differ.items())
+            + f". --only would mix the two. Make all of them anew: {command(folder.name)}"
+        )
