@@ -4,9 +4,9 @@ PYTHON  ?= python3.11
 BIN     := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help report quick test lab bench lock
+.PHONY: help report quick verify test test-faults lab bench lock
 help:            ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv && $(BIN)/pip install --quiet -r requirements.txt && touch $@
@@ -17,8 +17,14 @@ report: .venv/installed  ## run the notebooks and write the page; PROFILE=full (
 quick: .venv/installed   ## the same as `make report PROFILE=quick`
 	$(BIN)/python report/build.py --profile quick
 
+verify: .venv/installed  ## check the committed results: every file's hash, and a sample of runs trained again
+	$(BIN)/python report/verify.py --profile $(PROFILE)
+
 test: .venv/installed    ## the whole test suite
 	$(BIN)/ruff check . && $(BIN)/python -m pytest
+
+test-faults: .venv/installed  ## the long tests of what a build survives: kills, full disks, damaged files, lost workers
+	$(BIN)/python -m pytest -m faults
 
 lab: .venv/installed     ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks

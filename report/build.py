@@ -8,8 +8,8 @@
 A profile is report/profiles/NAME.yaml, lines of `notebook: {parameter: value}` in the order to run, all checked before
 anything runs. papermill writes the executed notebooks to report/executed/NAME/; they write their raw results to
 report/results/NAME/, where manifest.json says what was run, with what, how long it took, and each result's SHA-256. The
-page comes last and in one step: a build that fails or is killed leaves the previous page as it was, and the next one reads
-from the cache what was trained by then. Results that are no longer what the manifest says are refused, never mixed.
+page comes last and in one step: a build that fails or is killed leaves the previous page as it was, and the next one
+reads from the cache what was trained by then. Results that are not what the manifest says are refused, never mixed.
 """
 
 from __future__ import annotations
