@@ -3,10 +3,10 @@
     python report/verify.py                     the committed study (profile `full`), a minute or two
     python report/verify.py --profile smoke
 
-Nothing is read from the cache. A run gives the same numbers alone as in any stack, so that with the machine and versions
-that manifest.json names the sample is reproduced to the last bit. Elsewhere sums may be rounded in another order, which a
-run of 50 epochs amplifies until only its statistics agree; the first epoch stays close. Hence the tolerances below, one
-for each, beyond which the exit code is 1.
+Nothing is read from the cache. A run gives the same numbers alone as in any stack, so with the machine and the versions
+that manifest.json names the sample is reproduced to the last bit. Elsewhere sums may be rounded in another order, which
+a run of 50 epochs amplifies until only its statistics agree; the first epoch stays close. Hence the tolerances below,
+one for each, beyond which the exit code is 1.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from page import BuildError
 
 from sgsc_lib import Run, draw_mnist1d, load_mnist1d, train
 
-# With other instructions for the same sums (MKL_CBWR=COMPATIBLE, ATEN_CPU_CAPABILITY=default) the committed study's cells
-# moved by 0.2 % of their loss at most in the first epoch, and final accuracies by 3.5 points at most and 1 on average.
+# With other instructions for the same sums (MKL_CBWR=COMPATIBLE, ATEN_CPU_CAPABILITY=default) the committed study's
+# cells moved by 0.2 % of their loss at most in the first epoch, and final accuracies by 3.5 points at most, 1 on average.
 FIRST_EPOCH, ONE_RUN, ON_AVERAGE = 0.01, 0.06, 0.02
 ACCURACIES = ["final_test_accuracy", "final_valid_accuracy", "fresh_accuracy"]
 
