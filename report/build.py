@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,6 @@ from manifest import (
     results_of,
     sha256,
     write_manifest,
-    write_text,
 )
 from nbclient.exceptions import DeadKernelError
 from page import BuildError, duration, render
@@ -50,9 +48,9 @@ from papermill.exceptions import PapermillExecutionError
 from summary import findings, update_readme
 from traitlets.config import Config
 
+from sgsc_lib import coerce, write_text
+
 KERNEL = Config({"KernelManager": {"transport_encryption": "auto"}})  # no other user of the machine can listen in
-TYPES = {"int": int, "float": float, "str": str, "bool": bool}
-WORDS = {"int": "an int", "float": "a finite float", "str": "a non-empty str", "bool": "a bool"}
 
 
 @dataclass(frozen=True)
@@ -94,23 +92,6 @@ def notebooks(root: Path) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def coerce(value: Any, kind: str) -> Any:
-    """Return `value` as the declared type `kind`; ValueError says what it should be instead."""
-    if kind.startswith("list[") and kind[5:-1] in TYPES:
-        if not isinstance(value, list) or not value:
-            raise ValueError(f"should be a non-empty {kind}. Found {value!r}.")
-        return [coerce(item, kind[5:-1]) for item in value]
-    if kind not in TYPES:
-        raise ValueError(f"should be declared as {', '.join(TYPES)} or a list[...] of one. Found {kind}.")
-    found = value
-    if kind == "float" and type(value) in (int, str):
-        with suppress(ValueError):
-            value = float(value)  # YAML 1.1 reads 1e-3 as a string
-    if type(value) is not TYPES[kind] or value == "" or (kind == "float" and not math.isfinite(value)):
-        raise ValueError(f"should be {WORDS[kind]}. Found {found!r}.")
-    return value
-
-
 def read_profile(place: Place) -> dict[str, dict[str, Any]]:
     """Return `{notebook: {parameter: value}}` in the order to run; BuildError lists all that is wrong with it."""
     path = f"report/profiles/{place.profile}.yaml"
@@ -132,6 +113,8 @@ def read_profile(place: Place) -> dict[str, dict[str, Any]]:
                     raise ValueError("is set by build.py. Leave it out.")
                 if name not in declared:
                     raise ValueError(f"is not a parameter of this notebook. It has: {', '.join(declared) or 'none'}.")
+                if value == "" and declared[name]["default"] not in ('""', "''"):
+                    raise ValueError("should not be empty. Found ''.")
                 plan[stem][name] = coerce(value, declared[name]["inferred_type_name"])
             except ValueError as error:
                 problems.append(f"{path}, {stem}: `{name}` {error}")
@@ -173,7 +156,7 @@ def locked(place: Place) -> Iterator[None]:
     holder = place.results / ".lock.holder"
     try:
         with FileLock(place.results / ".lock", blocking=False):
-            write_text(holder, f"process {os.getpid()}, started {now()}")
+            write_text(f"process {os.getpid()}, started {now()}", holder)
             for left in place.results.glob(".*.part"):  # by a build that was killed while it wrote
                 left.unlink()
             yield
@@ -276,7 +259,7 @@ def write_page(place: Place, plan: dict[str, dict[str, Any]], ran: dict[str, Any
     data = [place.results / name for name in [*manifest["results"], "manifest.json"]]
     claims = place.results / "claims.csv"
     html = render({stem: place.executed(stem) for stem in plan}, manifest, data, findings(claims))
-    write_text(place.page, html)
+    write_text(html, place.page)
     if place.profile == "full" and (place.root / "README.md").exists():
         update_readme(place.root / "README.md", claims)
     print(f"{place.page}: {len(html.encode()) / 1e6:.2f} MB")

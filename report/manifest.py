@@ -13,20 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from page import BuildError
+
+from sgsc_lib import DATA_SHA256, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "sgsc_lib.py"
-
-
-def write_text(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def sha256(path: Path) -> str:
@@ -44,10 +37,6 @@ def raw_results(folder: Path) -> list[Path]:
 
 def environment() -> dict[str, Any]:
     """Return what all results of a build are made with: data, versions, machine."""
-    import torch
-
-    from sgsc_lib import DATA_SHA256
-
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     needs = [need for need in importlib.metadata.requires("sgsc") or [] if "extra ==" not in need]
@@ -89,7 +78,7 @@ def write_manifest(folder: Path, profile: str, ran: dict[str, Any]) -> dict[str,
         "seeds": {name: sorted(map(int, t["seed"].unique())) for name, t in tables.items() if "seed" in t},
         "results": results,
     }
-    write_text(folder / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", folder / "manifest.json")
     return manifest
 
 

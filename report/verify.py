@@ -27,7 +27,7 @@ from page import BuildError
 from sgsc_lib import Run, draw_mnist1d, load_mnist1d, train
 
 # With other instructions for the same sums (MKL_CBWR=COMPATIBLE, ATEN_CPU_CAPABILITY=default) the committed study's
-# cells moved by 0.2 % of their loss at most in the first epoch, and final accuracies by 3.5 points at most, 1 on average.
+# cells moved by 0.2 % of their loss at most in the first epoch, final accuracies by 3.5 points at most, 1 on average.
 FIRST_EPOCH, ONE_RUN, ON_AVERAGE = 0.01, 0.06, 0.02
 ACCURACIES = ["final_test_accuracy", "final_valid_accuracy", "fresh_accuracy"]
 
@@ -39,7 +39,7 @@ def settings_of(place: Place, stem: str, manifest: dict[str, Any]) -> dict[str, 
 
 
 def runs_of(table: pd.DataFrame) -> list[Run]:
-    return [Run(row.seed, row.lr, row.gamma, row.placement) for row in table.itertuples()]
+    return [Run(*fields) for fields in table[["seed", "lr", "gamma", "placement"]].to_numpy().tolist()]
 
 
 def verify_whole_runs(place: Place, manifest: dict[str, Any]) -> bool:
