@@ -39,20 +39,20 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import joblib
 import numpy as np
-import optuna
 import pandas as pd
 import scipy
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from optuna.distributions import BaseDistribution, distribution_to_json
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor, nn
+
+if TYPE_CHECKING:  # optuna is imported where it is used: SGSC on a model of one's own needs neither it nor mnist1d
+    import optuna
+    from optuna.distributions import BaseDistribution
 
 ROOT = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("SGSC_CACHE", ROOT / ".cache"))  # of trained runs and of tuning; safe to delete
@@ -196,7 +196,6 @@ def draw_mnist1d(num_samples: int = 5000, *, seed: int = 42) -> tuple[Tensor, Te
     >>> x.shape, y.shape
     (torch.Size([100, 40]), torch.Size([100]))
     """
-    # mnist1d is imported here because only this function needs it: SGSC on a model of one's own does not.
     from mnist1d.data import get_dataset_args, make_dataset
 
     check("num_samples", num_samples, int, low=10)
@@ -1491,6 +1490,10 @@ def tune(
     the studies, `n_trials` in all; then the history depends on their timing. A study's name ends with a hash of what
     its trials depend on. Raises ValueError for a bad number or URL, RuntimeError for a storage that can't be read.
     """
+    import optuna
+    from optuna.distributions import BaseDistribution, distribution_to_json
+    from optuna.trial import TrialState
+
     numbers = {"n_studies": n_studies, "n_trials": n_trials, "ask_batch": ask_batch, "n_seeds": n_seeds}
     for name, value in numbers.items():
         check(name, value, int, low=1)
@@ -1507,7 +1510,7 @@ def tune(
                 study_name=name, storage=opened, direction="maximize", load_if_exists=True
             )
 
-    def finished(each: optuna.Study) -> list[FrozenTrial]:
+    def finished(each: optuna.Study) -> list[optuna.trial.FrozenTrial]:
         return each.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
 
     while left := sum(n_trials - len(finished(each)) for each in studies.values()):
@@ -1546,10 +1549,12 @@ def _storage(url: str, journal: Path) -> Iterator[optuna.storages.BaseStorage]:
     """Open the trials' storage; errors name it and the way out."""
     if url and "://" not in url:
         raise ValueError(f"`storage` should be empty or a database URL, like 'postgresql+psycopg://…'. Found {url!r}.")
+    from optuna.storages import JournalStorage, RDBStorage
+    from optuna.storages.journal import JournalFileBackend
+
     journal.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
-        backend = None if url else JournalFileBackend(str(journal))
-        yield optuna.storages.RDBStorage(url) if backend is None else optuna.storages.JournalStorage(backend)
+        yield RDBStorage(url) if url else JournalStorage(JournalFileBackend(str(journal)))
     except (ValueError, KeyError) as error:  # a line that is not what a journal has
         way_out = f"Delete {journal}: the runs are cached, only the search is made again."
         raise RuntimeError(f"The trials' storage can't be read ({error!r}). {way_out if not url else ''}") from error
@@ -1559,6 +1564,8 @@ def _ask(
     study: optuna.Study, space: dict[str, BaseDistribution], n_trials: int, ask_batch: int, *, shared: bool
 ) -> list[tuple[int, dict[str, Any]]]:
     """The trials of a study to train next, by number and fields: new ones, or those that a stop has left open."""
+    from optuna.trial import TrialState
+
     trials = study.get_trials(deepcopy=False)
     n_finished = sum(t.state == TrialState.COMPLETE for t in trials)
     running = [t for t in trials if t.state == TrialState.RUNNING]

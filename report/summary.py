@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -154,7 +155,7 @@ def forest(comparisons_csv: Path) -> str:
         "smoothness (-log roughness)": ("Roughness of the loss", "SGSC over Adam", lambda value: np.exp(-value)),
     }
     settings = [setting for setting in CONDITIONS if setting in set(table["setting"])]
-    looks = {  # by verdict; told apart by shape as well as by colour
+    looks: dict[str, dict[str, Any]] = {  # by verdict; told apart by shape as well as by colour
         "better": {"marker": "^", "color": "C2"},
         "worse": {"marker": "v", "color": "C1"},
         "equivalent": {"marker": "D", "color": "C0"},

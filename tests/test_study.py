@@ -419,7 +419,7 @@ def test_a_damaged_journal_is_refused_by_name(small, tmp_path):
 
 def test_processes_that_share_a_database_share_the_trials(small, tmp_path):
     url = f"sqlite:///{tmp_path / 'trials.db'}"
-    search(small, tmp_path, storage=url, n_studies=1, n_trials=1)  # the tables are there before two processes want to make them
+    search(small, tmp_path, storage=url, n_studies=1, n_trials=1)  # makes the tables
     own = {"storage": url, "n_studies": 1, "n_trials": 5}
     both = joblib.Parallel(n_jobs=2)(joblib.delayed(search)(small, tmp_path / str(k), **own) for k in range(2))
     assert all(part.groupby(["arm", "study"]).size().tolist() == [5] * 2 for part in both)
