@@ -43,6 +43,23 @@ SHORT = [
     (None, "5-before-permuted", None),
 ]
 
+# What notebook 05 compares: claims by id, on the test set and on the fresh draw, each arm tuned at the same budget.
+BEYOND = {
+    "SGSC after Adam against Adam": ("7-sgsc-after", "7f-sgsc-after"),
+    **{
+        f"{name} against {rival}": tuple(f"{number}-{arm}-vs-{slug}" for number in ("8", "8f"))
+        for name, arm, rival, slug in (
+            ("SGSC after Adam", "sgsc-after", "its gates shuffled over parameters", "after-shuffled-gates"),
+            ("SGSC after Adam", "sgsc-after", "the mean of its gates in each layer", "after-layer-means"),
+            ("SGSC after Adam", "sgsc-after", "its gates frozen at the first step", "after-frozen-gates"),
+            ("SGSC after Adam", "sgsc-after", "Adam with cosine decay", "adam-cosine-decay"),
+            ("SGSC after Adam", "sgsc-after", "AdamW", "adamw"),
+            ("SGSC after Adam", "sgsc-after", "Adam with label smoothing", "adam-label-smoothing"),
+            ("SGSC after Adam with cosine decay", "sgsc-after-cosine-decay", "Adam with it", "adam-cosine-decay"),
+        )
+    },
+}
+
 SMOOTH = {
     "confirmed": "smoother than Adam's",
     "contradicted": "rougher than Adam's",
@@ -54,6 +71,12 @@ ACCURATE = {
     "contradicted": "higher than Adam's",
     "equivalent": "the same as Adam's within the margin",
     "inconclusive": "neither clearly lower nor clearly higher than Adam's",
+}
+AGAINST = {
+    "better": "more accurate than",
+    "worse": "less accurate than",
+    "equivalent": "as accurate within the margin as",
+    "inconclusive": "neither clearly more nor clearly less accurate than",
 }
 NOISE = {
     "confirmed": "A low c does mark a noisy gradient",
@@ -108,13 +131,24 @@ def abstract(row: dict[str, dict]) -> list[str]:
         f"**{NOISE[verdict['5-signal']]}**{strength}: its rank correlation with the signal-to-noise ratio is "
         f"{number['5-signal']}.",
         f"Moved behind Adam and tuned again, **its test accuracy is {ACCURATE[verdict['2-after-tuned']]}**: "
-        f"{number['2-after-tuned']}, and {number['6-after-permuted']} against the same gate shuffled over parameters.",
+        f"{number['2-after-tuned']}" + rivals(row) + ".",
     ]
+
+
+def rivals(row: dict[str, dict]) -> str:
+    """The end of the last sentence: the gate after Adam against its look-alike, and against an ordinary remedy."""
+    if not {identity for _, identity in BEYOND.values()} <= row.keys():
+        return f", and {shown(row['6-after-permuted'])} against the same gate shuffled over parameters"
+    told = []
+    for rival in ("its gates shuffled over parameters", "Adam with cosine decay"):
+        found = row[BEYOND[f"SGSC after Adam against {rival}"][1]]
+        told.append(f"**{AGAINST[found['verdict']]} {rival}** ({shown(found)})")
+    return f"; on a fresh draw, all tuned at one budget, it is {' and '.join(told)}"
 
 
 def markdown_table(header: str, rows: list[list[str]]) -> str:
     lines = [header, "|" + "---|" * (header.count("|") - 1), *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines)
+    return "\n".join(lines) if rows else ""
 
 
 def findings(claims_csv: Path) -> str:
@@ -128,6 +162,7 @@ def findings(claims_csv: Path) -> str:
         return f"**{row[identity]['verdict']}** {shown(row[identity])}" if identity in row else "–"
 
     short = [[next(row[k] for k in ids if k in row)["claim"], *map(cell, ids)] for ids in SHORT if {*ids} & row.keys()]
+    beyond = [[claim, *map(cell, ids)] for claim, ids in BEYOND.items() if {*ids} & row.keys()]
     place = {condition: k for k, condition in enumerate(CONDITIONS)}
     card = sorted(
         (claim for identity, claim in row.items() if claim["source"] == "card" and "after" not in identity),
@@ -139,11 +174,12 @@ def findings(claims_csv: Path) -> str:
     parts = [
         "\n".join(f"- {sentence}" for sentence in abstract(row)),
         markdown_table("| The card's claim | at its own settings | at one learning rate | both tuned |", short),
+        markdown_table("| Beyond the card, all tuned at one budget | on the test set | on a fresh draw |", beyond),
         f"<details>\n<summary>Every verdict on the card's claims ({len(whole)})</summary>",
         markdown_table("| The card's claim | condition | n | estimate, 95 % interval | verdict |", whole),
         "</details>",
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
 def forest(comparisons_csv: Path) -> str:
