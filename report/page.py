@@ -173,7 +173,7 @@ def number(html: str) -> dict[str, Any]:
         heading.append(link(target, list(heading.contents)))
     for table in soup.find_all("table"):
         table.attrs.pop("border", None)  # pandas writes it, HTML no longer has it
-        rows = [row.find_all("td") for row in table.select("tbody tr")]
+        rows = [row.find_all(["th", "td"]) for row in table.select("tbody tr")]
         for k, column in enumerate(zip(*rows, strict=False)):
             if all(NUMBER.fullmatch(cell.get_text().strip()) for cell in column):
                 for cell in [*column, *table.select(f"thead tr > :nth-child({k + 1})")]:

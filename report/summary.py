@@ -33,14 +33,14 @@ CONDITIONS = {
     "matched-loss, after": "gate after Adam, to equal loss",
 }
 
-# The short table: claims by id, where the card made them, at one learning rate, and with both arms tuned.
+# The short table: claims by id, with both arms tuned, as the card ran them, and at one learning rate.
 SHORT = [
-    ("1-card-values", "1-card-common-lr-adam", "1-before-tuned"),
-    ("2-card-values", "2-card-common-lr-adam", "2-before-tuned"),
-    (None, None, "3-before-tuned"),
-    (None, None, "4-before-tuned"),
-    (None, None, "5-signal"),
-    (None, "5-before-permuted", None),
+    ("1-before-tuned", "1-card-values", "1-card-common-lr-adam"),
+    ("2-before-tuned", "2-card-values", "2-card-common-lr-adam"),
+    ("3-before-tuned", None, None),
+    ("4-before-tuned", None, None),
+    ("5-signal", None, None),
+    (None, None, "5-before-permuted"),
 ]
 
 # What notebook 05 compares: claims by id, on the test set and on the fresh draw, each arm tuned at the same budget.
@@ -173,7 +173,7 @@ def findings(claims_csv: Path) -> str:
     ]
     parts = [
         "\n".join(f"- {sentence}" for sentence in abstract(row)),
-        markdown_table("| The card's claim | at its own settings | at one learning rate | both tuned |", short),
+        markdown_table("| The card's claim | both tuned | at the card's settings | at one learning rate |", short),
         markdown_table("| Beyond the card, all tuned at one budget | on the test set | on a fresh draw |", beyond),
         f"<details>\n<summary>Every verdict on the card's claims ({len(whole)})</summary>",
         markdown_table("| The card's claim | condition | n | estimate, 95 % interval | verdict |", whole),
