@@ -111,11 +111,11 @@ def markdown(context, source: str) -> str:
         formula.semantics.unwrap()
         if formula["display"] == "block" and "equation" not in formula.parent.get("class", []):
             formula.wrap(soup.new_tag("span", attrs={"class": "equation"}))
-        elif formula["display"] == "inline" and (after := re.match(r"[^\s\w]+", formula.next_sibling or "")):
-            formula.next_sibling.replace_with(formula.next_sibling[after.end() :])
-            formula.wrap(soup.new_tag("span", attrs={"class": "joined"})).append(
-                after[0]
-            )  # no line ends before a comma
+        text = formula.next_sibling if isinstance(formula.next_sibling, str) else ""
+        if formula["display"] == "inline" and (closing := re.match(r"[.,;:!?)’”»]+", text)):
+            formula.next_sibling.replace_with(text[closing.end() :])
+            joined = formula.wrap(soup.new_tag("span", attrs={"class": "joined"}))  # no line starts with a comma
+            joined.append(closing[0])
     for widths in soup.find_all("colgroup"):
         widths.decompose()  # pandoc's guess from the source's dashes; the browser knows better
     for table in soup.find_all("table"):
@@ -200,7 +200,7 @@ def explorer(curves_csv: Path) -> dict[str, Any]:
             [float(f"{value:.4g}") if pd.notna(value) else None for value in cell[column]]
             for column in ("train_loss_mean", "train_loss_std", "test_accuracy_mean", "test_accuracy_std")
         ]
-    text = json.dumps({"seeds": int(frame["n"].max()), "cells": cells}, separators=(",", ":"), allow_nan=False)
+    text = json.dumps({"cells": cells}, separators=(",", ":"), allow_nan=False)
     return {
         "gammas": [f"{gamma:g}" for gamma in sorted(frame["gamma"].unique())],
         "rates": [f"{lr:g}" for lr in sorted(frame["lr"].unique())],
@@ -213,7 +213,7 @@ def citation(cff: Path) -> dict[str, Any]:
     """Return the fields of a CITATION.cff, with `names` for its authors; empty without the file."""
     if not cff.exists():
         return {}
-    fields = yaml.safe_load(cff.read_text(encoding="utf-8"))
+    fields = yaml.safe_load(cff.read_text(encoding="utf-8")) or {}
     missing = [key for key in ("title", "authors", "version", "date-released", "license") if key not in fields]
     if missing:
         raise BuildError(f"{cff.name} should have {', '.join(missing)}. Found {', '.join(fields)}.")

@@ -359,6 +359,14 @@ def rendered(tmp_path, monkeypatch):
     return render
 
 
+def test_no_line_starts_with_the_comma_after_a_formula(tmp_path):
+    executed = {"01_one": write_notebook(tmp_path / "two.ipynb", "# One\n\nLet $a$, $b$**c**, $d$).\n\n- $e$")}
+    html = report.render(executed, json.loads((RESULTS / "manifest.json").read_text()), [])
+    soup = BeautifulSoup(html, "html.parser").find(class_="cell")
+    assert [span.get_text() for span in soup.select(".joined")] == ["a,", "d)."]
+    assert soup.p.get_text() == "Let a, bc, d)." and soup.li.get_text() == "e"
+
+
 def test_what_has_no_result_file_is_left_out(rendered):
     soup = rendered()
     assert not soup.find(id="explorer") and not soup.find(id="cite") and not soup.select("header figure")
