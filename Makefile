@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: help report quick verify test test-faults lab bench lock
 help:            ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv && $(BIN)/pip install --quiet -r requirements.txt && touch $@
@@ -26,8 +26,8 @@ test: .venv/installed    ## the whole test suite
 test-faults: .venv/installed  ## the long tests of what a build survives: kills, full disks, damaged files, lost workers
 	$(BIN)/python -m pytest -m faults
 
-lab: .venv/installed     ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
+lab: .venv/installed     ## JupyterLab, open at the playground; the other notebooks beside it
+	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/playground.ipynb
 
 benchmarks/.venv/installed: benchmarks/requirements.txt
 	$(PYTHON) -m venv benchmarks/.venv && benchmarks/.venv/bin/pip install --quiet --no-deps -r benchmarks/requirements.txt

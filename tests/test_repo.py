@@ -1,8 +1,9 @@
 """What the repository promises: clean notebooks, a lock that agrees, examples that run, numbers that recompute."""
 
 import doctest
-import importlib.metadata
 import re
+import subprocess
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -13,6 +14,8 @@ import pytest
 import torch
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 from statsmodels.stats.weightstats import DescrStatsW
 
 import sgsc_lib
@@ -44,17 +47,34 @@ def test_every_parameter_has_a_type_a_default_and_help(path):
         assert parameter["help"] and parameter["default"], name
 
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
 def test_the_lock_satisfies_the_declared_dependencies_and_the_environment_uses_it():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     assert lines[-1] == "-e ." and not any("://" in line for line in lines)
-    locked = {Requirement(line).name.lower().replace("_", "-"): Requirement(line) for line in lines[:-1]}
-    for text in importlib.metadata.requires("sgsc"):
+    locked = {canonicalize_name(Requirement(line).name): Requirement(line) for line in lines[:-1]}
+    for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]:
         need = Requirement(text)
-        if need.marker is None or need.marker.evaluate({"extra": "test"}):
-            version = str(locked[need.name.lower().replace("_", "-")].specifier)
-            assert version.startswith("==") and need.specifier.contains(version[2:]), text
+        assert canonicalize_name(need.name) in locked, f"{text} is not in requirements.txt: run `make lock`"
+        version = str(locked[canonicalize_name(need.name)].specifier)
+        assert version.startswith("==") and need.specifier.contains(version[2:]), text
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert {"pip": ["-r requirements.txt"]} in environment["dependencies"]
+
+
+def test_one_python_one_version_one_licence():
+    python = re.search(r"PYTHON\s+\?= python(\S+)", (ROOT / "Makefile").read_text())[1]
+    assert f"python={python}" in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert SpecifierSet(PROJECT["requires-python"]).contains(python)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"]) == (PROJECT["version"], PROJECT["license"])
+
+
+def test_make_help_lists_every_target():
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    assert [line.split()[1] for line in listed.splitlines()] == targets
 
 
 def test_documented_examples_run():
