@@ -4,6 +4,7 @@
 repository with caches of their own. Each test prints what it counted; `pytest -s` or `-rP` shows it.
 """
 
+import itertools
 import json
 import os
 import random
@@ -11,6 +12,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import warnings
 from contextlib import contextmanager
@@ -20,6 +23,7 @@ import build
 import numpy as np
 import pytest
 from conftest import ROOT, code, write_notebook
+from distributed import Client
 
 import sgsc_lib
 from sgsc_lib import Run, load_mnist1d, train
@@ -265,7 +269,7 @@ def test_disks_that_run_full_at_other_moments(toy, tmp_path):
 
 
 def damages(path: Path, flips: int, seed: int = 0):
-    """Damage a file in one way after another: emptied, cut at random, one bit flipped at random; restored after each."""
+    """Damage a file in one way after another: emptied, cut anywhere, a bit flipped anywhere; restored after each."""
     whole, at = path.read_bytes(), random.Random(seed)
     parts = [("emptied", b""), *(("cut", whole[: at.randrange(1, len(whole))]) for _ in range(2))]
     for _ in range(flips):
@@ -289,7 +293,7 @@ def test_damaged_results_are_refused_by_name_with_the_command_that_makes_them_an
             error = capsys.readouterr().err
             assert f"{path} is not what manifest.json says: truncated, edited or damaged." in error, how
             assert "Make it anew: python report/build.py --profile toy --only 01_train" in error
-            with pytest.raises(ValueError, match="is not what manifest.json says"):
+            with pytest.raises(ValueError, match=r"is not what manifest\.json says"):
                 sgsc_lib.read_table(path, made_by="01_train")
             noticed += 1
     shutil.copy(results / "runs-1.csv", results / "runs-0.csv")  # whole, but of another version
@@ -330,23 +334,246 @@ def test_damaged_cache_entries_are_trained_again(tmp_path):
     settings = {"epochs": 2, "widths": (40, 8, 10), "probe_size": 4, "n_jobs": 1, "cache": tmp_path}
     expected = train(runs, data, **settings)
     noticed, harmless = 0, 0
-    files = [path for path in (tmp_path / "runs").rglob("*") if path.name in ("output.pkl", "metadata.json")]
-    assert {path.name for path in files} == {"output.pkl", "metadata.json"}
-    for path in files:
-        for how in damages(path, flips=150 if path.name == "output.pkl" else 10):
-            trained, stack = [], sgsc_lib._train_stack
-
-            def counted(*args, stack=stack, trained=trained, **kwargs):
-                trained.append(1)
-                return stack(*args, **kwargs)
-
-            with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
-                warnings.simplefilter("ignore")  # joblib warns of what it cannot read
-                patch.setattr(sgsc_lib, "_engine_version", lambda made=sgsc_lib._engine_version(): made)
-                patch.setattr(sgsc_lib, "_train_stack", counted)
-                found = train(runs, data, **settings)
-            for name in ("step_loss", "probe_loss", *sgsc_lib.Curves.EPOCH_CURVES):
-                assert np.array_equal(getattr(found, name), getattr(expected, name)), (path.name, how, name)
-            noticed, harmless = noticed + bool(trained), harmless + (not trained)
+    (output,) = (tmp_path / "runs").rglob("output.pkl")
+    for how in damages(output, flips=150):
+        os.utime(output, (1e9, 1e9))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # joblib warns of what it cannot read
+            found = train(runs, data, **settings)
+        for name in ("step_loss", "probe_loss", *sgsc_lib.EPOCH_CURVES):
+            assert np.array_equal(getattr(found, name), getattr(expected, name)), (how, name)
+        again = output.stat().st_mtime != 1e9
+        noticed, harmless = noticed + again, harmless + (not again)
     print(f"{noticed} damaged cache entries trained again, {harmless} damaged where nothing is read from")
     assert noticed >= 100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad parameters: refused by name, with what was expected and found, before any training
+# ---------------------------------------------------------------------------------------------------------------------
+
+BAD = [  # how it is given, notebook, parameters as YAML, what the error says
+    ("profile", "01_derivation", "epochs: 1", "`epochs` should be ≥ 2. Found 1."),
+    ("profile", "01_derivation", "epoch: 5", "`epoch` is not a parameter of this notebook"),
+    ("profile", "01_derivation", "lr: fast", "`lr` should be a finite float. Found 'fast'."),
+    ("profile", "02_tuning", "map_widths: 64", "`map_widths` should be a non-empty list[int]. Found 64."),
+    ("profile", "02_tuning", "n_trials: 0", "`n_trials` should be ≥ 1. Found 0."),
+    ("profile", "03_evaluation", "n_seeds: 2", "`n_seeds` should be ≥ 3. Found 2."),
+    ("profile", "03_evaluation", "tuned: ''", "`tuned` should not be empty. Found ''."),
+    ("profile", "04_gamma_and_smoothness", "gammas: [0.5]", "`gammas` should contain 0, plain Adam. Found [0.5]."),
+    ("-p", "01_derivation", "seed: -1", "`seed` should be ≥ 0. Found -1."),
+    ("-p", "01_derivation", "epochs: many", "`epochs` should be an int. Found 'many'."),
+    ("-p", "01_derivation", "batch_size: 5000", "`batch_size` should be ≤ 3200. Found 5000."),
+    ("-p", "01_derivation", "lr: nan", "`lr` should be a finite float. Found 'nan'."),
+    ("-p", "01_derivation", "lr: 0", "`lr` should be > 0. Found 0"),
+    ("-p", "02_tuning", "n_trial: 3", "`n_trial` is not a parameter of this notebook"),
+    ("-p", "02_tuning", "map_seeds: 1", "`map_seeds` should be ≥ 2. Found 1."),
+    ("-p", "02_tuning", "widths: '[40, 10]'", "`widths` should be a non-empty list[int]. Found '[40, 10]'."),
+    ("-p", "02_tuning", "storage: here", "`storage` should be empty or a database URL"),
+    ("-p", "03_evaluation", "n_seeds: 3.5", "`n_seeds` should be an int. Found 3.5."),
+    ("-p", "03_evaluation", "fresh_samples: 9", "`fresh_samples` should be ≥ 10. Found 9."),
+    ("-p", "03_evaluation", "tuned: none.csv", "none.csv is not there yet: notebook 02_tuning makes it."),
+    ("-p", "03_evaluation", "probe_size: -1", "`probe_size` should be ≥ 0. Found -1."),
+    ("-y", "01_derivation", "lr: .inf", "`lr` should be a finite float. Found inf."),
+    ("-y", "01_derivation", "lr: -0.1", "`lr` should be ≥ 0. Found -0.1."),
+    ("-y", "01_derivation", "seed: [0, 1]", "`seed` should be an int. Found [0, 1]."),
+    ("-y", "01_derivation", "seed: true", "`seed` should be an int. Found True."),
+    ("-y", "02_tuning", "map_samples: []", "`map_samples` should be a non-empty list[int]. Found []."),
+    ("-y", "02_tuning", "map_widths: [64, wide]", "`map_widths` should be an int. Found 'wide'."),
+    ("-y", "02_tuning", "map_samples: [5001]", "`num_samples` should be a multiple of the 10 classes. Found 5001."),
+    ("-y", "02_tuning", "widths: [41, 10]", "`widths` should start with 40"),
+    ("-y", "02_tuning", "widths: [40, 9]", "end with at least 10, the number of classes. Found (40, 9)."),
+    ("-y", "02_tuning", "map_batches: [0]", "`map_batches` should be ≥ 1. Found 0."),
+    ("-y", "03_evaluation", "widths: [40]", "`widths` should name at least an input and an output width. Found (40,)."),
+    ("-f", "03_evaluation", "epochs: 3", "`epochs` should be ≥ 4. Found 3."),
+    ("-f", "03_evaluation", "n_seeds: null", "`n_seeds` should be an int. Found None."),
+    ("-f", "03_evaluation", "fresh_samples: 1005", "`num_samples` should be a multiple of the 10 classes. Found 1005."),
+    ("-f", "03_evaluation", "arms: [Adam]", "`arms` is not a parameter of this notebook"),
+    ("-f", "03_evaluation", "probe_size: 99999", "`probe_size` should be ≤ 3200. Found 99999."),
+    ("-f", "04_gamma_and_smoothness", "gammas: [0.0, .nan]", "`gammas` should be a finite float. Found nan."),
+    ("-f", "04_gamma_and_smoothness", "gammas: [0.0, -1.0]", "`gammas` should be ≥ 0. Found -1.0."),
+    ("-f", "04_gamma_and_smoothness", "control_seeds: 500", "`control_seeds` should be ≤ 40. Found 500."),
+    ("nbclient", "01_derivation", "epochs: '50'", "`epochs` should be an int. Found '50'."),
+    ("nbclient", "02_tuning", "epochs: 3", "`epochs` should be ≥ 4. Found 3."),
+    ("nbclient", "03_evaluation", "batch_size: 0", "`batch_size` should be ≥ 1. Found 0."),
+    ("nbclient", "04_gamma_and_smoothness", "signal_seeds: 1", "`signal_seeds` should be ≥ 2. Found 1."),
+]
+
+
+def give(root: Path, folder: Path, how: str, stem: str, parameters: str) -> str:
+    """Run a notebook with parameters in one of the ways there are; returns what it says when it is refused."""
+    notebook, given = root / "notebooks" / f"{stem}.ipynb", yaml.safe_load(parameters)
+    if how == "profile":
+        (root / "report" / "profiles" / f"{folder.name}.yaml").write_text(f"{stem}: {{{parameters}}}\n")
+        exit_code, output = run_build(root, "--profile", folder.name)
+    elif how == "nbclient":  # as a reader does who edits the parameters' cell
+        opened = nbformat.read(notebook, as_version=4)
+        (cell,) = (cell for cell in opened.cells if "parameters" in cell.metadata.get("tags", []))
+        cell.source += "".join(f"\n{name} = {value!r}" for name, value in given.items())
+        nbformat.write(opened, folder / "edited.ipynb")
+        script = (
+            "import nbclient, nbformat, sys; nbclient.execute(nbformat.read(sys.argv[1], 4), kernel_name='python3')"
+        )
+        command = [sys.executable, "-c", script, folder / "edited.ipynb"]
+    else:
+        (folder / "given.yaml").write_text(parameters)
+        last = {"-f": [folder / "given.yaml"], "-y": [parameters], "-p": itertools.chain(*given.items())}[how]
+        command = [
+            sys.executable,
+            "-m",
+            "papermill",
+            "-k",
+            "python3",
+            notebook,
+            folder / "out.ipynb",
+            how,
+            *map(str, last),
+        ]
+    if how != "profile":
+        ran = subprocess.run(command, cwd=folder, env=environment(root), capture_output=True, text=True)
+        exit_code, output = ran.returncode, ran.stdout + ran.stderr
+    assert exit_code == 1, output
+    return output
+
+
+def refuse(tmp_path: Path, table: list) -> None:
+    root = copy_repository(tmp_path / "repository")
+    shutil.copytree(ROOT / "report" / "results" / "full", root / "report" / "results" / "full")
+    there = sorted((root / "report" / "results" / "full").iterdir())
+
+    def one(k: int) -> str:
+        (tmp_path / f"bad-{k}").mkdir()
+        return give(root, tmp_path / f"bad-{k}", *table[k][:3])
+
+    with ThreadPoolExecutor(2) as pool:
+        outputs = list(pool.map(one, range(len(table))))
+    wrong = [(row, output[-2000:]) for row, output in zip(table, outputs, strict=True) if row[3] not in output]
+    assert not wrong, wrong
+    assert not (root / ".cache").exists(), "something was trained"
+    assert sorted((root / "report" / "results" / "full").iterdir()) == there
+    assert not list((root / "report" / "results").rglob("bad-*/*.csv"))
+    print(f"{len(table)} bad parameters refused before any training")
+
+
+def test_bad_parameters_are_refused_whichever_way_they_come(tmp_path):
+    refuse(tmp_path, [next(row for row in BAD if row[0] == how) for how in ("-p", "-y", "-f", "nbclient")])
+
+
+@pytest.mark.faults
+def test_all_bad_parameters_are_refused_before_any_training(tmp_path):
+    refuse(tmp_path, BAD)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Past one machine
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def running(*command: str | Path, **options):
+    """Processes that end with the block."""
+    process = subprocess.Popen([str(part) for part in command], **options)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_dask_cluster_that_loses_a_worker_gives_the_same_bits(tmp_path):
+    data, runs = load_mnist1d(), [Run(seed, 0.01, 0.25) for seed in range(24)]
+    settings = {"epochs": 4, "stack_size": 2, "probe_size": 4}
+    expected = train(runs, data, **settings)
+    address, cache = tmp_path / "scheduler.json", tmp_path / "cache"
+    quiet = {"cwd": tmp_path, "env": environment(ROOT), "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    loopback = ["--host", "127.0.0.1", "--scheduler-file", address, "--no-dashboard"]
+    own = ["--nthreads", "1", "--no-nanny", "--local-directory", tmp_path]
+    with (
+        running(BIN / "dask", "scheduler", "--port", "0", *loopback, **quiet),
+        running(BIN / "dask", "worker", *loopback, *own, **quiet) as lost,
+        running(BIN / "dask", "worker", *loopback, *own, **quiet),
+        Client(scheduler_file=str(address)) as client,
+    ):
+        client.wait_for_workers(2, timeout=120)
+        done_at_loss = []
+
+        def lose() -> None:
+            def done() -> int:
+                return len(list(cache.rglob("output.pkl")))
+
+            if wait_for(lambda: done() >= 3, 120):
+                lost.send_signal(signal.SIGKILL)
+                done_at_loss.append(done())
+
+        thread = threading.Thread(target=lose)
+        thread.start()
+        scheduler = json.loads(address.read_text())["address"]
+        found = train(runs, data, scheduler=scheduler, cache=cache, **settings)
+        thread.join()
+        workers = len(client.scheduler_info()["workers"])
+    assert done_at_loss and 3 <= done_at_loss[0] < 12 and workers == 1
+    for name in ("step_loss", "probe_loss", *sgsc_lib.EPOCH_CURVES):
+        assert np.array_equal(getattr(found, name), getattr(expected, name)), name
+    print(f"a worker killed after {done_at_loss[0]} of 12 stacks: the rest came from the other one, bit for bit")
+
+
+@pytest.fixture
+def postgres():
+    """A PostgreSQL server of its own, on a socket in a temporary folder; the URL of its database."""
+    places = [shutil.which("initdb"), *sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))]
+    if not (initdb := next((Path(place) for place in places if place), None)):
+        pytest.fail("This test needs PostgreSQL: apt-get install postgresql")
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []  # it does not run as root
+    if as_user:
+        shutil.chown(folder, "postgres")
+
+    def run(tool: str, *arguments: str) -> None:
+        command = [*as_user, initdb.resolve().parent / tool, *arguments]
+        subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+
+    run("initdb", "-D", f"{folder}/data", "-A", "trust", "-U", "sgsc", "--no-sync")
+    only_socket = f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off"
+    run("pg_ctl", "-D", f"{folder}/data", "-l", f"{folder}/log", "-w", "-o", only_socket, "start")
+    try:
+        yield f"postgresql+psycopg://sgsc@/postgres?host={folder}"
+    finally:
+        run("pg_ctl", "-D", f"{folder}/data", "-m", "immediate", "stop")
+        shutil.rmtree(folder)
+
+
+TUNING = """
+import sys
+import tempfile
+import threading
+from optuna.distributions import FloatDistribution
+from sgsc_lib import load_mnist1d, tune
+arms = {"Adam": {"lr": FloatDistribution(1e-4, 1.0, log=True), "gamma": 0.0}}
+table = tune(arms, load_mnist1d(), study="shared", n_trials=24, ask_batch=2, storage=sys.argv[1], cache=sys.argv[2],
+             progress="shared", epochs=2, widths=(40, 8, 10), n_jobs=1)
+table.to_csv(sys.argv[3], index=False)
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["two to the end", "one of three killed"])
+def test_processes_on_one_database_share_a_study_and_lose_no_trial(postgres, tmp_path, killed):
+    names = ["one", "two", "three"] if killed else ["one", "two"]
+    options = {"env": environment(ROOT), "stderr": subprocess.PIPE, "text": True}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", TUNING, postgres, tmp_path / n, tmp_path / f"{n}.csv"], **options)
+        for n in names
+    ]
+    if killed:
+        assert "shared" in processes[-1].stderr.readline()  # it has told its first trials
+        processes.pop().kill()
+    for process in processes:
+        _, error = process.communicate(timeout=240)
+        assert process.returncode == 0, error
+        assert "trials left" in error, "this process trained nothing"
+    (study,) = optuna.get_all_study_names(postgres)
+    trials = optuna.load_study(study_name=study, storage=postgres).get_trials(deepcopy=False)
+    states = [trial.state.name for trial in trials]
+    assert states.count("COMPLETE") == 24 and "RUNNING" not in states
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
+    assert len((tmp_path / "one.csv").read_text().splitlines()) == 25
+    print(f"{len(names)} processes, {states.count('COMPLETE')} trials, {states.count('FAIL')} given up")
