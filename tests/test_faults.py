@@ -16,12 +16,16 @@ import tempfile
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import build
+import nbformat
 import numpy as np
+import optuna
 import pytest
+import yaml
 from conftest import ROOT, code, write_notebook
 from distributed import Client
 
@@ -335,7 +339,7 @@ def test_damaged_cache_entries_are_trained_again(tmp_path):
     expected = train(runs, data, **settings)
     noticed, harmless = 0, 0
     (output,) = (tmp_path / "runs").rglob("output.pkl")
-    for how in damages(output, flips=150):
+    for how in damages(output, flips=50):
         os.utime(output, (1e9, 1e9))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # joblib warns of what it cannot read
@@ -345,7 +349,7 @@ def test_damaged_cache_entries_are_trained_again(tmp_path):
         again = output.stat().st_mtime != 1e9
         noticed, harmless = noticed + again, harmless + (not again)
     print(f"{noticed} damaged cache entries trained again, {harmless} damaged where nothing is read from")
-    assert noticed >= 100
+    assert noticed >= 40
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,7 +416,7 @@ def give(root: Path, folder: Path, how: str, stem: str, parameters: str) -> str:
         cell.source += "".join(f"\n{name} = {value!r}" for name, value in given.items())
         nbformat.write(opened, folder / "edited.ipynb")
         script = (
-            "import nbclient, nbformat, sys; nbclient.execute(nbformat.read(sys.argv[1], 4), kernel_name='python3')"
+            "import nbclient, nbformat, sys\nnbclient.execute(nbformat.read(sys.argv[1], 4), kernel_name='python3')"
         )
         command = [sys.executable, "-c", script, folder / "edited.ipynb"]
     else:
