@@ -41,4 +41,4 @@ bench: benchmarks/.venv/installed  ## time SGSC and the study's engine against t
 lock: .venv/installed    ## write requirements.txt anew from pyproject.toml
 	$(BIN)/pip install --quiet 'pip-tools>=7.5' && $(BIN)/pip-compile --quiet --upgrade --extra test --strip-extras \
 	  --allow-unsafe --no-annotate --no-header --no-emit-index-url --no-emit-find-links --upgrade-package torch==2.13.0 \
-	  --output-file requirements.txt pyproject.toml && sed -i 's/+cpu$$//' requirements.txt && echo '-e .' >> requirements.txt
+	  --output-file requirements.txt pyproject.toml && sed -i 's/+cpu$$//; /^#/d; /^$$/d' requirements.txt && echo '-e .' >> requirements.txt

@@ -51,7 +51,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 
 def test_the_lock_satisfies_the_declared_dependencies_and_the_environment_uses_it():
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    text = (ROOT / "requirements.txt").read_text()
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert lines[-1] == "-e ." and not any("://" in line for line in lines)
     locked = {canonicalize_name(Requirement(line).name): Requirement(line) for line in lines[:-1]}
     for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]:
@@ -93,6 +94,28 @@ def test_the_readmes_example_trains_a_model():
     exec(source, {"model": model, "loader": loader, "loss_fn": loss_fn, "optimizer": optimizer})
     with torch.no_grad():
         assert loss_fn(model(data.x_train), data.y_train).item() < before - 0.1
+
+
+def test_the_readmes_layer_and_gate_work():
+    layer, gate = (
+        re.search(rf"```python\n([^`]*{name}[^`]*)```", (ROOT / "README.md").read_text())[1]
+        for name in (r"SGSC\.rules\[Scale\]", r"GATES\[\"majority\"\]")
+    )
+    made: dict = {}
+    try:
+        exec(layer, made)
+        model = torch.nn.Sequential(torch.nn.Linear(40, 8), made["Scale"](8), torch.nn.Linear(8, 10))
+        x, y = torch.randn(16, 40, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10
+        with sgsc_lib.SGSC(model, gamma=0.5) as sgsc:
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            expected = sgsc_lib.sign_consistency(sgsc_lib.per_sample_gradients(model, x, y))["1.scale"]
+            assert torch.equal(sgsc.consistency()["1.scale"], expected)
+        exec(gate, made)
+        accuracy = made["curves"].test_accuracy
+        assert accuracy.shape == (4, 5) and accuracy[:, -1].min() > 0.15  # chance is 0.1
+    finally:
+        sgsc_lib.SGSC.rules.pop(made.get("Scale"), None)
+        sgsc_lib.GATES.pop("majority", None)
 
 
 # -- the committed results, recomputed by another route (statsmodels) --------------------------------------------------
