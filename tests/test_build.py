@@ -225,7 +225,8 @@ def test_parameters_cannot_put_markup_on_the_page(made):
 def test_code_is_folded_under_what_it_does(made):
     _, soup = made
     summaries = [s.get_text() for s in soup.select("details.code summary")]
-    assert summaries == ["Show the parameters", "Show the code: draw", "Show the parameters", "Show the code"]
+    first, second = "Show the code of Figure\u00a01 and Table\u00a01: draw", "Show the code of Figure\u00a02"
+    assert summaries == ["Show the parameters", first, "Show the parameters", second]
     shown = soup.find(id="01_first-2").pre.get_text()
     assert 'note: str = ""' in shown and 'note = "</code><script>"' in shown  # the default, and the value in this run
 
