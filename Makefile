@@ -26,8 +26,8 @@ test: .venv/installed    ## the whole test suite
 test-faults: .venv/installed  ## the long tests of what a build survives: kills, full disks, damaged files, lost workers
 	$(BIN)/python -m pytest -m faults
 
-lab: .venv/installed     ## JupyterLab, open at the playground; the other notebooks beside it
-	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/playground.ipynb
+lab: .venv/installed     ## JupyterLab on this machine alone, with a token, open at the playground
+	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/playground.ipynb
 
 benchmarks/.venv/installed: benchmarks/requirements.txt
 	$(PYTHON) -m venv benchmarks/.venv && benchmarks/.venv/bin/pip install --quiet --no-deps -r benchmarks/requirements.txt
