@@ -85,10 +85,14 @@ def write_manifest(folder: Path, profile: str, ran: dict[str, Any]) -> dict[str,
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the folder's manifest, an empty one where there is none yet; BuildError if it is damaged."""
     path = folder / "manifest.json"
+    if not path.exists():
+        return {"notebooks": {}, "results": {}}
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"notebooks": {}, "results": {}}
-    except ValueError as error:  # not JSON, not UTF-8
-        raise BuildError(f"{path} is damaged: {error}. Make it anew: {command(folder.name)}") from None
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        _ = manifest["notebooks"], manifest["results"]
+        return manifest
+    except (ValueError, KeyError, TypeError) as error:  # not JSON, not UTF-8, not a manifest
+        raise BuildError(f"{path} is damaged: {error!r}. Make it anew: {command(folder.name)}") from None
 
 
 def command(profile: str, *only: str) -> str:

@@ -559,7 +559,7 @@ table.to_csv(sys.argv[3], index=False)
 """
 
 
-@pytest.mark.parametrize("killed", [False, True], ids=["two to the end", "one of three killed"])
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.faults)], ids=["none", "one of three"])
 def test_processes_on_one_database_share_a_study_and_lose_no_trial(postgres, tmp_path, killed):
     names = ["one", "two", "three"] if killed else ["one", "two"]
     options = {"env": environment(ROOT), "stderr": subprocess.PIPE, "text": True}
