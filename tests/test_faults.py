@@ -258,6 +258,7 @@ def full_disks(toy, root: Path, leaves: list[int]) -> None:
         assert page.read_bytes() == before
 
 
+@pytest.mark.faults
 def test_a_full_or_read_only_disk_ends_in_a_clear_message(toy, tmp_path):
     full_disks(toy, tmp_path, [0])
 
@@ -484,6 +485,7 @@ def running(*command: str | Path, **options):
         process.wait()
 
 
+@pytest.mark.faults
 def test_a_dask_cluster_that_loses_a_worker_gives_the_same_bits(tmp_path):
     data, runs = load_mnist1d(), [Run(seed, 0.01, 0.25) for seed in range(24)]
     settings = {"epochs": 4, "stack_size": 2, "probe_size": 4}
