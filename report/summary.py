@@ -59,8 +59,8 @@ BEYOND = {
             (11, "adam", "Adam"),
             (11, "adamw", "AdamW"),
             (11, "after-shuffled-gates", "its gates shuffled over parameters"),
-            (11, "after-layer-means", "their mean in each layer"),
-            (11, "after-frozen-gates", "those of the first step"),
+            (11, "after-layer-means", "its gates averaged in each layer"),
+            (11, "after-frozen-gates", "its gates frozen at the first step"),
         )
     },
 }

@@ -338,6 +338,22 @@ def test_every_verdict_of_the_card_is_in_the_folded_table():
     assert sorted(verdicts) == sorted(card["verdict"])
 
 
+@pytest.mark.parametrize(("verdict", "words"), summary.AGAINST.items())
+def test_the_last_sentence_and_the_second_table_say_what_the_finalists_did(tmp_path, verdict, words):
+    claims = pd.read_csv(RESULTS / "claims.csv").set_index("id")
+    for ids in summary.BEYOND.values():
+        for identity in ids:
+            claims.loc[identity] = claims.loc["2-before-tuned"]
+            claims.loc[identity, ["source", "verdict", "estimate"]] = "beyond", verdict, 0.0234
+    claims.to_csv(tmp_path / "claims.csv")
+    sentences, _, beyond, *_ = summary.findings(tmp_path / "claims.csv").split("\n\n")
+    last = sentences.splitlines()[-1]
+    assert f"**{words} AdamW** (+2.34 points" in last
+    assert f"**{words} its gates shuffled over parameters**" in last
+    rows = beyond.splitlines()[2:]
+    assert len(rows) == len(summary.BEYOND) and all(row.count(f"**{verdict}** +2.34") == 2 for row in rows)
+
+
 def test_without_claims_there_are_no_findings(tmp_path):
     assert summary.findings(tmp_path / "claims.csv") == ""
 
