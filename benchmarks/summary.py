@@ -8,12 +8,13 @@ The aims were set before anything was measured.
 
 import argparse
 import io
-import os
 from pathlib import Path
 
 import matplotlib
 import pandas as pd
 from timing import RESULTS
+
+from sgsc_lib import write_text
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
@@ -22,13 +23,6 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOOR, OURS, SCALED = "plain backward", "SGSC, statistic", "SGSC, scale_gradients_"
 WIDE, SMALL = "784-1024-1024-10", "40-128-128-10"
 BEGIN, END = "<!-- benchmark: written by benchmarks/summary.py from benchmarks/results -->\n", "<!-- /benchmark -->"
-
-
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
 
 
 def aims(statistic: pd.DataFrame, training: pd.DataFrame) -> pd.DataFrame:
@@ -179,13 +173,13 @@ def main() -> None:
             parser.error(f"{folder / name} is not there yet. Run {script}{' --quick' if quick else ''} first.")
         tables.append(pd.read_csv(folder / name))
     text = page(*tables)
-    write(folder / "benchmark.svg", plot(*tables))
-    write(folder / "benchmark.md", text)
+    write_text(plot(*tables), folder / "benchmark.svg")
+    write_text(text, folder / "benchmark.md")
     readme = ROOT / "README.md"
     before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if begin and end and not quick:
-        write(readme, f"{before}{begin}{text}{end}{after}")
+        write_text(f"{before}{begin}{text}{end}{after}", readme)
 
 
 if __name__ == "__main__":

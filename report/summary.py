@@ -18,6 +18,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from sgsc_lib import write_text
+
 MARKS = "<!-- findings: written by report/build.py from report/results/full/claims.csv -->", "<!-- /findings -->"
 
 # Conditions as claims.csv and comparisons.csv name them: how a reader meets them, in the order of reading.
@@ -248,8 +250,4 @@ def update_readme(readme: Path, claims_csv: Path) -> None:
     """Put the findings between the README's two marks."""
     text, (begin, end) = readme.read_text(encoding="utf-8"), MARKS
     block = f"{begin}\n{findings(claims_csv)}\n{end}"
-    beside = readme.with_name(f".{readme.name}.part")
-    beside.write_text(
-        re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: block, text, flags=re.DOTALL), encoding="utf-8"
-    )
-    beside.replace(readme)
+    write_text(re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: block, text, flags=re.DOTALL), readme)
