@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from timing import RESULTS, machine, median_interval, note
 from torch import Tensor, nn
 
-from sgsc_lib import SGSC, mlp, per_sample_gradients, write_table
+from sgsc_lib import SGSC, factored_sums, mlp, per_sample_gradients, write_table
 
 THREADS = 2
 GAMMA = 0.25
@@ -92,6 +92,30 @@ def sgsc(model: nn.Module, x: Tensor, y: Tensor) -> Pass:
         return gate.consistency()
 
     return once
+
+
+def hooked(model: nn.Module, x: Tensor, y: Tensor, on_errors: Callable[[Tensor, Tensor], None]) -> Pass:
+    """A plain pass with the hooks that any such method needs at each layer: for its input and its errors."""
+
+    def on_layer(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        output.register_hook(lambda errors: on_errors(args[0].detach(), errors))
+
+    for module in model.modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            module.register_forward_hook(on_layer)
+    return lambda: backward(model, x, y)
+
+
+def empty_hooks(model: nn.Module, x: Tensor, y: Tensor) -> Pass:
+    return hooked(model, x, y, lambda inputs, errors: None)
+
+
+def bare_products(model: nn.Module, x: Tensor, y: Tensor) -> Pass:
+    def on_errors(inputs: Tensor, errors: Tensor) -> None:
+        if inputs.ndim == 2:  # of a Linear layer
+            factored_sums(inputs, errors)
+
+    return hooked(model, x, y, on_errors)
 
 
 def sgsc_scaled(model: nn.Module, x: Tensor, y: Tensor) -> Pass:
@@ -178,8 +202,13 @@ def torchjd(model: nn.Module, x: Tensor, y: Tensor) -> Pass:
 
 
 FLOOR, OURS, SCALED = "plain backward", "SGSC, statistic", "SGSC, scale_gradients_"
+# Not methods but the parts of one, timed to see where SGSC's time goes: hooks that do nothing, and hooks with the
+# products of signs and nothing else, no counts, checks or c.
+PARTS = ("hooks that do nothing", "hooks and sign products")
 METHODS: dict[str, tuple[Callable[[nn.Module, Tensor, Tensor], Pass], str]] = {  # with the package it comes from
     FLOOR: (plain, "torch"),
+    PARTS[0]: (empty_hooks, "torch"),
+    PARTS[1]: (bare_products, "torch"),
     OURS: (sgsc, "sgsc"),
     SCALED: (sgsc_scaled, "sgsc"),
     "torch.func vmap": (vmap, "torch"),
@@ -194,7 +223,7 @@ METHODS: dict[str, tuple[Callable[[nn.Module, Tensor, Tensor], Pass], str]] = { 
 
 def differing(method: str, found: Result, model: nn.Module, reference: dict[str, Tensor], floor: nn.Module) -> int:
     """How many entries are not what SGSC's c says: of c itself, or of the gated gradient for `scale_gradients_`."""
-    if method == FLOOR:
+    if method in (FLOOR, *PARTS):
         return 0
     if method == SCALED:
         plain_gradients = {name: p.grad for name, p in floor.named_parameters()}

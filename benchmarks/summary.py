@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOOR, OURS, SCALED = "plain backward", "SGSC, statistic", "SGSC, scale_gradients_"
+PARTS = ("hooks that do nothing", "hooks and sign products")  # no methods: they show where SGSC's time goes
 WIDE, SMALL = "784-1024-1024-10", "40-128-128-10"
 BEGIN, END = "<!-- benchmark: written by benchmarks/summary.py from benchmarks/results -->\n", "<!-- /benchmark -->"
 
@@ -51,7 +52,7 @@ def aims(statistic: pd.DataFrame, training: pd.DataFrame) -> pd.DataFrame:
                     pd.NA,
                     at_most=True,
                 )
-        peers = table.drop(index=[FLOOR, OURS, SCALED])
+        peers = table.drop(index=[FLOOR, OURS, SCALED, *PARTS])
         best = peers.loc[peers.times_sgsc.idxmin()]
         add(
             f"{model}: fastest peer ({best.name}), time / {OURS}",
@@ -146,6 +147,7 @@ def plot(statistic: pd.DataFrame, training: pd.DataFrame) -> str:
         table = table.iloc[::-1]
         errors = [table.ratio - table.ratio_low, table.ratio_high - table.ratio]
         colours = ["C0" if own else "C1" for own in table.method.str.contains("SGSC|stacked")]
+        colours = ["0.6" if method in PARTS else own for method, own in zip(table.method, colours, strict=True)]
         ax.barh(table.method, table.ratio - 0.7, left=0.7, color=colours, xerr=errors, ecolor="0.3", height=0.65)
         for y, (value, high) in enumerate(zip(table.ratio, table.ratio_high, strict=True)):
             ax.annotate(
