@@ -485,10 +485,9 @@ def running(*command: str | Path, **options):
         process.wait()
 
 
-@pytest.mark.faults
 def test_a_dask_cluster_that_loses_a_worker_gives_the_same_bits(tmp_path):
     data, runs = load_mnist1d(), [Run(seed, 0.01, 0.25) for seed in range(24)]
-    settings = {"epochs": 4, "stack_size": 2, "probe_size": 4}
+    settings = {"epochs": 3, "stack_size": 1, "probe_size": 4, "widths": (40, 32, 10)}
     expected = train(runs, data, **settings)
     address, cache = tmp_path / "scheduler.json", tmp_path / "cache"
     quiet = {"cwd": tmp_path, "env": environment(ROOT), "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -517,10 +516,10 @@ def test_a_dask_cluster_that_loses_a_worker_gives_the_same_bits(tmp_path):
         found = train(runs, data, scheduler=scheduler, cache=cache, **settings)
         thread.join()
         workers = len(client.scheduler_info()["workers"])
-    assert done_at_loss and 3 <= done_at_loss[0] < 12 and workers == 1
+    assert done_at_loss and 3 <= done_at_loss[0] < 24 and workers == 1
     for name in ("step_loss", "probe_loss", *sgsc_lib.EPOCH_CURVES):
         assert np.array_equal(getattr(found, name), getattr(expected, name)), name
-    print(f"a worker killed after {done_at_loss[0]} of 12 stacks: the rest came from the other one, bit for bit")
+    print(f"a worker killed after {done_at_loss[0]} of 24 stacks: the rest came from the other one, bit for bit")
 
 
 @pytest.fixture
