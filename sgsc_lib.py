@@ -105,6 +105,9 @@ def coerce(value: Any, kind: str) -> Any:
 
     Raises ValueError that says what it should be and what was found. Text that reads as a float becomes one where a
     float is declared, because YAML 1.1 takes 1e-3 for text.
+
+    >>> coerce("1e-3", "float"), coerce([1, 2], "list[int]")
+    (0.001, [1, 2])
     """
     if kind.startswith("list[") and kind[5:-1] in KINDS:
         if not isinstance(value, list) or not value:
@@ -128,6 +131,10 @@ def check_parameters(notebook: dict[str, Any], **at_least: float) -> None:
     Every parameter declared in its parameters cell (`name: type = default`) must have its declared type; every number
     must be at least what `at_least` gives for its name, or else 1 for an int and 0 for a float; text may be empty only
     where 0 is given. A name that was injected but is not declared is refused. One ValueError tells all that is wrong.
+
+    >>> check_parameters({"__annotations__": {"epochs": int}, "epochs": 1}, epochs=2)
+    Traceback (most recent call last):
+    ValueError: `epochs` should be ≥ 2. Found 1.
     """
     problems, declared = [], notebook.get("__annotations__", {})
     for name, kind in declared.items():
@@ -425,29 +432,50 @@ def _share(part: Tensor, whole: Tensor, gamma: Tensor) -> Tensor:
 
 
 def sign_gate(sign: Tensor, *, batch_size: int, gamma: Tensor) -> Tensor:
-    """SGSC: (|Σ sign g_i| / B) ** γ."""
+    """SGSC: (|Σ sign g_i| / B) ** γ.
+
+    >>> sign_gate(torch.tensor([[4.0, -1.0]]), batch_size=4, gamma=torch.tensor([0.5], dtype=torch.float64))
+    tensor([[1.0000, 0.5000]])
+    """
     return power_gate(sign, batch_size, gamma)
 
 
 def active_gate(sign: Tensor, active: Tensor, *, batch_size: int, gamma: Tensor) -> Tensor:
-    """SGSC over the samples whose gradient is not zero: (|Σ sign g_i| / Σ [g_i ≠ 0]) ** γ. No ReLU caps it."""
+    """SGSC over the samples whose gradient is not zero: (|Σ sign g_i| / Σ [g_i ≠ 0]) ** γ. No ReLU caps it.
+
+    >>> sign, active = torch.tensor([[1.0, -1.0]]), torch.tensor([[1.0, 4.0]])
+    >>> active_gate(sign, active, batch_size=4, gamma=torch.tensor([0.5]))
+    tensor([[1.0000, 0.5000]])
+    """
     return _share(sign.abs(), active, gamma)
 
 
 def magnitude_gate(total: Tensor, magnitude: Tensor, *, batch_size: int, gamma: Tensor) -> Tensor:
-    """(|Σ g_i| / Σ |g_i|) ** γ: the mean of GradDrop's random mask, with an exponent (Chen et al., 2010.06808)."""
+    """(|Σ g_i| / Σ |g_i|) ** γ: the mean of GradDrop's random mask, with an exponent (Chen et al., 2010.06808).
+
+    >>> magnitude_gate(torch.tensor([[-1.0]]), torch.tensor([[4.0]]), batch_size=4, gamma=torch.tensor([0.5]))
+    tensor([[0.5000]])
+    """
     return _share(total.abs(), magnitude, gamma)
 
 
 def snr_gate(total: Tensor, square: Tensor, *, batch_size: int, gamma: Tensor) -> Tensor:
     """(r / (1 + r)) ** γ of the gradient's signal-to-noise ratio r = mean² / variance (GSNR, Liu et al., 2001.07384).
 
-    r / (1 + r) = mean² / mean square, so that it needs no division by a variance that may be zero."""
+    r / (1 + r) = mean² / mean square, so that it needs no division by a variance that may be zero.
+
+    >>> snr_gate(torch.tensor([[2.0]]), torch.tensor([[4.0]]), batch_size=4, gamma=torch.tensor([0.5]))
+    tensor([[0.5000]])
+    """
     return _share(total.square(), batch_size * square, gamma)
 
 
 def and_mask_gate(sign: Tensor, *, batch_size: int, gamma: Tensor) -> Tensor:
-    """[|Σ sign g_i| / B ≥ τ], over its mean in each tensor (Parascandolo et al., 2009.00329); the threshold τ is γ."""
+    """[|Σ sign g_i| / B ≥ τ], over its mean in each tensor (Parascandolo et al., 2009.00329); the threshold τ is γ.
+
+    >>> and_mask_gate(torch.tensor([[4.0, -1.0]]), batch_size=4, gamma=torch.tensor([0.5]))
+    tensor([[2., 0.]])
+    """
     mask = (sign.abs() >= (gamma * batch_size).to(sign.dtype).view(-1, *[1] * (sign.ndim - 1))).to(sign.dtype)
     return mask / (mask.flatten(1).mean(1) + 1e-10).view(-1, *[1] * (sign.ndim - 1))
 
@@ -469,7 +497,11 @@ RELATIVES = ("vote", "cautious")
 
 
 def sums_of(gate: Gate) -> list[str]:
-    """The names of the sums that a gate is made of."""
+    """The names of the sums that a gate is made of.
+
+    >>> sums_of(GATES["active"])
+    ['sign', 'active']
+    """
     kinds = inspect.signature(gate).parameters.values()
     return [parameter.name for parameter in kinds if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
 
@@ -542,7 +574,12 @@ def embedding_rule(module: nn.Embedding, inputs: Tensor, errors: Tensor) -> dict
 
 def convolution_rule(module: Any, inputs: Tensor, errors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Rule for `nn.Conv1d` and `nn.Conv2d`: a convolution is a Linear layer on the patches of its input, so sample i's
-    weight gradient is one product of its errors [out, L] and its patches [L, in · kernel], a group at a time."""
+    weight gradient is one product of its errors [out, L] and its patches [L, in · kernel], a group at a time.
+
+    >>> a, delta = torch.tensor([[[1.0, 2.0, -5.0]]]), torch.tensor([[[1.0, 1.0]]])
+    >>> convolution_rule(nn.Conv1d(1, 1, kernel_size=2), a, delta)["weight"][0]  # the signs of 1 + 2 and of 2 - 5
+    tensor([[[ 1., -1.]]])
+    """
     kernel, groups, weight = list(module.weight.shape[1:]), module.groups, module.weight
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     inputs = F.pad(inputs.to(errors.dtype), module._reversed_padding_repeated_twice, mode=mode)
@@ -890,7 +927,16 @@ class SGSC:
 
     @torch.no_grad()
     def scale_gradients_(self) -> None:
-        """p.grad ← p.grad · c ** γ, in place (the card's method). Call after `backward()`, before clipping."""
+        """p.grad ← p.grad · c ** γ, in place (the card's method). Call after `backward()`, before clipping.
+
+        >>> model = mlp((40, 10), seed=0)
+        >>> sgsc = SGSC(model, gamma=1.0)
+        >>> F.cross_entropy(model(torch.ones(4, 40)), torch.arange(4)).backward()
+        >>> before = model[0].bias.grad.clone()
+        >>> sgsc.scale_gradients_()
+        >>> (model[0].bias.grad / before)[:5]
+        tensor([0.5000, 0.5000, 0.5000, 0.5000, 1.0000])
+        """
         for p, gate in self._gates():
             if p.grad is not None:
                 p.grad.mul_(gate)
@@ -949,7 +995,14 @@ class SGSC:
         return pd.DataFrame(rows)
 
     def remove(self) -> None:
-        """Take the hooks off the model; what was computed stays readable."""
+        """Take the hooks off the model; what was computed stays readable.
+
+        >>> model = mlp((40, 10), seed=0)
+        >>> with SGSC(model, gamma=0.25):  # removes them at the end of the block
+        ...     _ = model(torch.ones(4, 40))
+        >>> len(model[0]._forward_hooks)
+        0
+        """
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -1053,6 +1106,10 @@ class Curves:
     `step_loss` is the loss of each step's batch before the update; `probe_loss` the loss of a fixed batch after it
     (T = 0 unless asked for). The epoch curves are full passes after the epochs in `evaluated`. `fresh_*` are of the
     final model on the fresh sample (NaN unless given).
+
+    >>> curves = train([Run(0, lr=0.01)], load_mnist1d(100), epochs=4, batch_size=16, widths=(40, 10), n_jobs=1)
+    >>> curves.step_loss.shape, curves.test_loss.shape  # 64 rows are 4 batches an epoch
+    ((1, 16), (1, 4))
     """
 
     runs: list[Run]
@@ -1069,7 +1126,11 @@ class Curves:
     evaluated: np.ndarray  # [E]
 
     def frame(self) -> pd.DataFrame:
-        """Tidy: one row a run and evaluated epoch, with the run's fields and the six epoch curves."""
+        """Tidy: one row a run and evaluated epoch, with the run's fields and the six epoch curves.
+
+        >>> train([Run(0, lr=0.01)], load_mnist1d(100), epochs=2, batch_size=16, widths=(40, 10)).frame().shape
+        (2, 11)
+        """
         n_runs, n_evaluated = self.train_loss.shape
         runs = _fields_of(self.runs).loc[np.repeat(np.arange(n_runs), n_evaluated)]
         runs = runs.reset_index(drop=True).assign(epoch=np.tile(self.evaluated, n_runs))
@@ -1078,7 +1139,12 @@ class Curves:
     def final(self) -> pd.DataFrame:
         """Tidy: one row a run, with the run's fields, last and best test accuracy, last losses, the fresh sample's
         accuracy and loss, and every smoothness measure of the training loss by epoch (`epoch_*`, where every epoch was
-        evaluated) and, where a probe batch was recorded, of the probe loss by step (`probe_*`)."""
+        evaluated) and, where a probe batch was recorded, of the probe loss by step (`probe_*`).
+
+        >>> curves = train([Run(0, lr=0.01)], load_mnist1d(100), epochs=4, batch_size=16, widths=(40, 10))
+        >>> curves.final().filter(like="roughness").columns.tolist()
+        ['epoch_roughness']
+        """
         frame = _fields_of(self.runs).assign(
             final_test_accuracy=self.test_accuracy[:, -1],
             best_test_accuracy=self.test_accuracy.max(1),
@@ -1150,6 +1216,11 @@ def adam_step_(
     Operation by operation what torch.optim.Adam does to one tensor; with `weight_decay` float64 [R], torch.optim.AdamW.
     `gates` scale the finished update; `cautious` keeps of it only what has the gradient's sign. `step` counts from 1;
     `parameters` and `moments` are changed in place.
+
+    >>> p, moments = torch.zeros(2, 3), (torch.zeros(2, 3), torch.zeros(2, 3))
+    >>> adam_step_([p], [torch.ones(2, 3)], [moments], torch.tensor([0.1, 0.2], dtype=torch.float64), step=1)
+    >>> p[:, 0]  # the first step has the length of the learning rate
+    tensor([-0.1000, -0.2000])
     """
     correction1, correction2 = 1 - BETA1**step, 1 - BETA2**step
     for k, (p, g, (m, v)) in enumerate(zip(parameters, gradients, moments, strict=True)):
@@ -1403,7 +1474,11 @@ def train(
 def check_training(
     data: Dataset, *, epochs: int, batch_size: int, widths: Sequence[int], probe_size: int = 0
 ) -> dict[str, Any]:
-    """Return the settings of a training run, checked against the data; TypeError or ValueError names what is wrong."""
+    """Return the settings of a training run, checked against the data; TypeError or ValueError names what is wrong.
+
+    >>> check_training(load_mnist1d(100), epochs=2, batch_size=16, widths=[40, 10])
+    {'epochs': 2, 'batch_size': 16, 'widths': (40, 10), 'probe_size': 0}
+    """
     widths, classes = _check_widths(widths), int(data.y_train.max()) + 1
     if widths[0] != data.x_train.shape[1] or widths[-1] < classes:
         raise ValueError(
@@ -1488,10 +1563,21 @@ def tune(
     Trials are kept in an Optuna storage: a journal file in the folder `cache`, or the database at the URL `storage`. A
     search that was stopped anywhere goes on with the history it would have had. Several processes on one database share
     the studies, `n_trials` in all; then the history depends on their timing. A study's name ends with a hash of what
-    its trials depend on. Raises ValueError for a bad number or URL, RuntimeError for a storage that can't be read.
+    its trials depend on. Raises TypeError or ValueError for a bad setting, number or URL, RuntimeError for a storage
+    that can't be read.
+
+    >>> import tempfile
+    >>> from optuna.distributions import FloatDistribution
+    >>> arms = {"SGSC": {"lr": FloatDistribution(1e-3, 1e-1, log=True), "gamma": 0.25}}
+    >>> small = {"epochs": 1, "widths": (40, 10), "n_jobs": 1}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     trials = tune(arms, load_mnist1d(500), study="example", n_trials=4, cache=folder, **small)
+    >>> list(trials.columns), len(trials)
+    (['arm', 'study', 'trial', 'seed', 'gamma', 'lr', 'valid_accuracy'], 4)
     """
     import optuna
     from optuna.distributions import BaseDistribution, distribution_to_json
+    from optuna.exceptions import UpdateFinishedTrialError
     from optuna.trial import TrialState
 
     numbers = {"n_studies": n_studies, "n_trials": n_trials, "ask_batch": ask_batch, "n_seeds": n_seeds}
@@ -1499,12 +1585,17 @@ def tune(
         check(name, value, int, low=1)
     searched = {arm: {f: d for f, d in space.items() if isinstance(d, BaseDistribution)} for arm, space in arms.items()}
     kept = {arm: {f: value for f, value in space.items() if f not in searched[arm]} for arm, space in arms.items()}
-    made_by = [_engine_version(), sha256_of(*data), numbers, first_seed, sorted(settings.items())]
+    training = inspect.signature(train).bind([], data, **settings)
+    training.apply_defaults()
+    same = check_training(data, **{name: training.arguments[name] for name in ("epochs", "batch_size", "widths")})
+    made_by = [_engine_version(), sha256_of(*data), numbers, first_seed, same]
     studies = {}
     with _storage(storage, Path(cache) / "tuning" / f"{study}.journal") as opened:
-        for arm, k in itertools.product(arms, range(n_studies)):
+        for s, (arm, k) in enumerate(itertools.product(arms, range(n_studies))):
             space = [f"{field} {distribution_to_json(d)}" for field, d in searched[arm].items()]
-            digest = hashlib.sha256(json.dumps([made_by, space, kept[arm]], default=str).encode()).hexdigest()
+            gate = GATES.get(kept[arm].get("gate", "sign"))
+            depends = [made_by, s, space, kept[arm], _source_of(gate) if gate else None]
+            digest = hashlib.sha256(json.dumps(depends, default=str).encode()).hexdigest()
             name = f"{study}, {arm}, {k}, {digest[:12]}"
             studies[arm, k] = optuna.create_study(
                 study_name=name, storage=opened, direction="maximize", load_if_exists=True
@@ -1528,7 +1619,8 @@ def tune(
         curves = train(runs, data, evaluate_every=sys.maxsize, cache=cache, progress=label, **settings)
         scores = curves.valid_accuracy[:, -1].reshape(-1, n_seeds).mean(1)
         for (_, each, number, _), score in zip(asked, scores, strict=True):
-            each.tell(number, float(score), skip_if_finished=True)
+            with suppress(UpdateFinishedTrialError):  # another process told the same value in this very moment
+                each.tell(number, float(score), skip_if_finished=True)
     return pd.DataFrame(
         {
             "arm": arm,
@@ -1549,21 +1641,39 @@ def _storage(url: str, journal: Path) -> Iterator[optuna.storages.BaseStorage]:
     """Open the trials' storage; errors name it and the way out."""
     if url and "://" not in url:
         raise ValueError(f"`storage` should be empty or a database URL, like 'postgresql+psycopg://…'. Found {url!r}.")
-    from optuna.storages import JournalStorage, RDBStorage
+    from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
+    if url:
+        yield _database(url)
+        return
     journal.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
-        yield RDBStorage(url) if url else JournalStorage(JournalFileBackend(str(journal)))
+        yield JournalStorage(JournalFileBackend(str(journal)))
     except (ValueError, KeyError) as error:  # a line that is not what a journal has
         way_out = f"Delete {journal}: the runs are cached, only the search is made again."
-        raise RuntimeError(f"The trials' storage can't be read ({error!r}). {way_out if not url else ''}") from error
+        raise RuntimeError(f"The trials' storage can't be read ({error!r}). {way_out}") from error
+
+
+def _database(url: str) -> optuna.storages.RDBStorage:
+    from optuna.storages import RDBStorage
+    from sqlalchemy.exc import SQLAlchemyError
+
+    for wait in (1, 2, 4, None):
+        try:
+            return RDBStorage(url)
+        except SQLAlchemyError as error:  # processes that make an empty database's tables at once collide
+            if wait is None:  # the URL stays out of the message: it may hold a password
+                raise ValueError(f"`storage` should be the URL of a database that can be opened: {error}") from error
+            time.sleep(wait)
+    raise AssertionError("unreachable")
 
 
 def _ask(
     study: optuna.Study, space: dict[str, BaseDistribution], n_trials: int, ask_batch: int, *, shared: bool
 ) -> list[tuple[int, dict[str, Any]]]:
     """The trials of a study to train next, by number and fields: new ones, or those that a stop has left open."""
+    from optuna.exceptions import UpdateFinishedTrialError
     from optuna.trial import TrialState
 
     trials = study.get_trials(deepcopy=False)
@@ -1579,7 +1689,8 @@ def _ask(
     else:
         fail = [t for t in running if take_over and t.params.keys() != space.keys()]
     for left_open in fail:
-        study.tell(left_open.number, state=TrialState.FAIL, skip_if_finished=True)
+        with suppress(UpdateFinishedTrialError):
+            study.tell(left_open.number, state=TrialState.FAIL, skip_if_finished=True)
     if take_over:
         return [(t.number, t.params) for t in running if t not in fail][: n_trials - n_finished]
     asked = [study.ask(space) for _ in range(min(ask_batch, n_trials - n_finished - len(running)))]
@@ -1649,7 +1760,11 @@ def _spikes(loss: np.ndarray, window: int, threshold: float) -> np.ndarray:
 
 
 class PairedComparison(NamedTuple):
-    """What `compare_paired` found about a − b; the fields in the order in which a table shows them."""
+    """What `compare_paired` found about a − b; the fields in the order in which a table shows them.
+
+    >>> compare_paired([1.0, 2.0, 4.0], [1.0, 1.0, 1.0], margin=0.5).n
+    3
+    """
 
     n: int
     mean_difference: float
@@ -1751,7 +1866,14 @@ def results_folder(results: str) -> Path:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a file whole or not at all: beside its place, then moved into it."""
+    """Write a file whole or not at all: beside its place, then moved into it.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_text("whole", Path(folder) / "note.txt")
+    ...     sorted(path.name for path in Path(folder).iterdir())
+    ['note.txt']
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         beside.write_text(text, encoding="utf-8")
@@ -1761,7 +1883,14 @@ def write_text(text: str, path: Path) -> None:
 
 
 def write_table(frame: pd.DataFrame, path: Path) -> None:
-    """Write a CSV whole or not at all. Floats keep every digit."""
+    """Write a CSV whole or not at all. Floats keep every digit.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_table(pd.DataFrame({"loss": [0.1 + 0.2]}), Path(folder) / "loss.csv")
+    ...     (Path(folder) / "loss.csv").read_text()
+    'loss\\n0.30000000000000004\\n'
+    """
     write_text(frame.to_csv(index=False), path)
 
 
@@ -1786,6 +1915,13 @@ def write_claims(rows: Sequence[Mapping[str, Any]], folder: Path, *, notebook: s
     """Put a notebook's rows into the folder's `claims.csv`, in place of the rows it put there before, and return them.
 
     Each row gives all `CLAIM_COLUMNS` but `notebook`. Raises ValueError for another set of columns.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_claims([{"id": "C1", "claim": "no other columns"}], Path(folder), notebook="03")
+    Traceback (most recent call last):
+    ValueError: claims should have the columns ('id', 'claim', 'source', 'setting', 'measure', 'n', 'estimate', \
+'ci_low', 'ci_high', 'p', 'verdict', 'notebook', 'figure'). Found ('id', 'claim', 'notebook').
     """
     own = pd.DataFrame([{**row, "notebook": notebook} for row in rows])
     if set(own.columns) != set(CLAIM_COLUMNS):
@@ -1807,6 +1943,9 @@ def read_table(path: str | os.PathLike, *, made_by: str) -> pd.DataFrame:
 
     Raises FileNotFoundError where it is missing, and ValueError where it is no table, or is not what `manifest.json`
     beside it says.
+
+    >>> read_table("report/results/full/claims.csv", made_by="03_evaluation").columns[:2].tolist()
+    ['id', 'claim']
     """
     path = ROOT / path
     profile = path.parent.name if path.parent.parent == ROOT / "report" / "results" else "full"
@@ -1821,9 +1960,22 @@ def read_table(path: str | os.PathLike, *, made_by: str) -> pd.DataFrame:
             raise ValueError(
                 f"{manifest} is not a manifest ({error!r}). Make it anew: python report/build.py"
             ) from error
-        if expected and expected != hashlib.sha256(path.read_bytes()).hexdigest():
-            raise ValueError(f"{path} is not what manifest.json says (truncated, edited or damaged). {command}")
+        if expected and (problem := result_problem(path, expected)):
+            raise ValueError(f"{problem} {command}")
     return _read_csv(path)
+
+
+def result_problem(path: Path, sha256: str) -> str:
+    """What is wrong with a result file of which manifest.json gives this SHA-256; empty where nothing is.
+
+    >>> result_problem(ROOT / "none.csv", "0" * 64).removeprefix(str(ROOT))
+    '/none.csv is missing.'
+    """
+    if not path.exists():
+        return f"{path} is missing."
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        return f"{path} is not what manifest.json says: truncated, edited or damaged."
+    return ""
 
 
 def _read_csv(path: Path, **options: Any) -> pd.DataFrame:

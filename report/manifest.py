@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from page import BuildError
 
-from sgsc_lib import DATA_SHA256, write_text
+from sgsc_lib import DATA_SHA256, result_problem, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "sgsc_lib.py"
@@ -63,8 +63,8 @@ def results_of(ran: dict[str, Any]) -> dict[str, str]:
     return dict(sorted(results.items()))
 
 
-def write_manifest(folder: Path, profile: str, ran: dict[str, Any]) -> dict[str, Any]:
-    """Write and return the manifest of what the notebooks `ran` left in the folder."""
+def write_manifest(folder: Path, profile: str, ran: dict[str, Any]) -> None:
+    """Write the manifest of what the notebooks `ran` left in the folder."""
     results = results_of(ran)
     tables = {name: pd.read_csv(folder / name) for name in results if name.endswith(".csv")}
     manifest = {
@@ -79,7 +79,6 @@ def write_manifest(folder: Path, profile: str, ran: dict[str, Any]) -> dict[str,
         "results": results,
     }
     write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", folder / "manifest.json")
-    return manifest
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -104,12 +103,9 @@ def check_results(folder: Path, results: dict[str, str], ran: dict[str, Any], re
     problems, makers = [], set()
     for name, digest in results.items():
         made_by = {stem for stem, entry in ran.items() if name in entry.get("results", {})}
-        path = folder / name
-        if made_by == {rerun} or (path.exists() and sha256(path) == digest):
-            continue
-        wrong = "is not what manifest.json says: truncated, edited or damaged" if path.exists() else "is missing"
-        problems.append(f"{path} {wrong}.")
-        makers |= made_by
+        if made_by != {rerun} and (problem := result_problem(folder / name, digest)):
+            problems.append(problem)
+            makers |= made_by
     if problems:
         raise BuildError("\n".join([*problems, f"Make it anew: {command(folder.name, *makers)}"]))
 

@@ -403,6 +403,11 @@ BAD = [  # how it is given, notebook, parameters as YAML, what the error says
     ("-f", "04_gamma_and_smoothness", "gammas: [0.0, .nan]", "`gammas` should be a finite float. Found nan."),
     ("-f", "04_gamma_and_smoothness", "gammas: [0.0, -1.0]", "`gammas` should be ≥ 0. Found -1.0."),
     ("-f", "04_gamma_and_smoothness", "control_seeds: 500", "`control_seeds` should be ≤ 40. Found 500."),
+    ("-p", "05_beyond", "contest_seeds: 1", "`contest_seeds` should be ≥ 2. Found 1."),
+    ("-y", "05_beyond", "noise_levels: [0.0, 1.5]", "`label_noise` should be ≤ 1.0. Found 1.5."),
+    ("-y", "05_beyond", "batch_sizes: [4000]", "`batch_size` should be ≤ 3200. Found 4000."),
+    ("-f", "05_beyond", "cnn_epochs: .nan", "`cnn_epochs` should be an int. Found nan."),
+    ("-f", "05_beyond", "scheduler: here", "`scheduler` should be the address of a running Dask scheduler"),
     ("nbclient", "01_derivation", "epochs: '50'", "`epochs` should be an int. Found '50'."),
     ("nbclient", "02_tuning", "epochs: 3", "`epochs` should be ≥ 4. Found 3."),
     ("nbclient", "03_evaluation", "batch_size: 0", "`batch_size` should be ≥ 1. Found 0."),
@@ -573,7 +578,6 @@ table.to_csv(sys.argv[3], index=False)
 def test_processes_on_one_database_share_a_study_and_lose_no_trial(postgres, tmp_path, killed):
     names = ["one", "two", "three"] if killed else ["one", "two"]
     options = {"env": environment(ROOT), "stderr": subprocess.PIPE, "text": True}
-    optuna.storages.RDBStorage(postgres)  # makes the tables: two processes that make them at once would collide
     processes = [
         subprocess.Popen(
             [

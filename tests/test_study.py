@@ -389,6 +389,7 @@ def test_a_search_stopped_anywhere_has_the_history_of_one_that_was_not(small, tm
     owner = sgsc_lib if call == "train" else optuna.Study
     original, budget = getattr(owner, call), [0]
 
+    @functools.wraps(original)
     def stopping(*args, **kwargs):
         budget[0] -= 1
         if budget[0] < 0:
@@ -418,12 +419,50 @@ def test_a_damaged_journal_is_refused_by_name(small, tmp_path):
 
 
 def test_processes_that_share_a_database_share_the_trials(small, tmp_path):
-    url = f"sqlite:///{tmp_path / 'trials.db'}"
-    search(small, tmp_path, storage=url, n_studies=1, n_trials=1)  # makes the tables
+    url = f"sqlite:///{tmp_path / 'trials.db'}"  # empty: both find no tables there
     own = {"storage": url, "n_studies": 1, "n_trials": 5}
     both = joblib.Parallel(n_jobs=2)(joblib.delayed(search)(small, tmp_path / str(k), **own) for k in range(2))
     assert all(part.groupby(["arm", "study"]).size().tolist() == [5] * 2 for part in both)
     pd.testing.assert_frame_equal(*both)
+
+
+def test_a_trial_that_another_process_tells_in_the_same_moment_is_told_once(small, tmp_path, monkeypatch):
+    original, told_before = optuna.storages.RDBStorage.set_trial_state_values, []
+
+    def told_twice(self, trial_id, state, values=None):  # by the other process, and then by this one
+        if trial_id % 2:
+            told_before.append(trial_id)
+            original(self, trial_id, state, values)
+        return original(self, trial_id, state, values)
+
+    monkeypatch.setattr(optuna.storages.RDBStorage, "set_trial_state_values", told_twice)
+    table = search(small, tmp_path, storage=f"sqlite:///{tmp_path / 'trials.db'}")
+    assert len(told_before) >= 5
+    assert table.groupby(["arm", "study"]).size().tolist() == [7] * 4
+
+
+def test_an_edited_gate_is_searched_anew_and_a_cluster_is_not(small, tmp_path, monkeypatch, capfd):
+    def trained(gate, **changes) -> bool:
+        monkeypatch.setitem(sgsc_lib.GATES, "mine", gate)
+        arms = {"mine": {"lr": SPACE["lr"], "gamma": 0.5, "gate": "mine"}}
+        tune(arms, small, cache=tmp_path, progress="mine", widths=(40, 10), **SEARCH | changes)
+        return "mine" in capfd.readouterr().err
+
+    def half(sign, *, batch_size, gamma):
+        return sign.abs().clamp(max=1) * 0.5
+
+    def third(sign, *, batch_size, gamma):
+        return sign.abs().clamp(max=1) * 0.3
+
+    assert trained(half) and not trained(half)
+    assert trained(third) and not trained(third, n_jobs=2, stack_size=3)
+    assert trained(third, batch_size=20)
+
+
+def test_a_database_that_cannot_be_opened_is_refused_before_any_training(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(sgsc_lib.time, "sleep", lambda _: None)
+    with pytest.raises(ValueError, match="`storage` should be the URL of a database that can be opened"):
+        search(small, tmp_path, storage=f"sqlite:///{tmp_path / 'nowhere' / 'trials.db'}")
 
 
 def test_frame_and_final_are_tidy(small):
