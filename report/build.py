@@ -33,6 +33,7 @@ from filelock import FileLock, Timeout
 from manifest import (
     LIBRARY,
     ROOT,
+    cached_stacks,
     check_environment,
     check_results,
     now,
@@ -43,9 +44,9 @@ from manifest import (
     write_manifest,
 )
 from nbclient.exceptions import DeadKernelError
-from page import BuildError, duration, render
+from page import BuildError, render
 from papermill.exceptions import PapermillExecutionError
-from summary import findings, update_readme
+from summary import duration, findings, update_readme
 from traitlets.config import Config
 
 from sgsc_lib import coerce, write_text
@@ -226,6 +227,7 @@ def run(place: Place, plan: dict[str, dict[str, Any]], todo: list[str]) -> dict[
         print(f"[{k}/{len(todo)}] {stem}: {duration(time.monotonic() - begin)} so far{left}", flush=True)
         check_results(place.results, results_of(ran), ran, rerun=stem)
         before = {path: path.stat().st_mtime_ns for path in raw_results(place.results)}
+        cached = cached_stacks()
         started, start = now(), time.monotonic()
         run_notebook(place, stem, plan[stem])
         ran[stem] = {
@@ -233,6 +235,7 @@ def run(place: Place, plan: dict[str, dict[str, Any]], todo: list[str]) -> dict[
             "defaults": {name: text for name, text in defaults(place, stem).items() if name not in plan[stem]},
             "started": started,
             "seconds": round(time.monotonic() - start, 1),
+            "stacks_trained": cached_stacks() - cached,
             "results": {
                 path.name: sha256(path)
                 for path in raw_results(place.results)
@@ -261,7 +264,7 @@ def write_page(place: Place, plan: dict[str, dict[str, Any]], ran: dict[str, Any
     html = render({stem: place.executed(stem) for stem in plan}, manifest, data, findings(claims))
     write_text(html, place.page)
     if place.profile == "full" and (place.root / "README.md").exists():
-        update_readme(place.root / "README.md", claims)
+        update_readme(place.root, place.results)
     print(f"{place.page}: {len(html.encode()) / 1e6:.2f} MB")
     return place.page
 

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from page import BuildError
 
-from sgsc_lib import DATA_SHA256, result_problem, write_text
+from sgsc_lib import CACHE, DATA_SHA256, result_problem, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "sgsc_lib.py"
@@ -33,6 +33,11 @@ def now() -> str:
 def raw_results(folder: Path) -> list[Path]:
     """Return the CSV and JSON files in a folder of results, but for the manifest."""
     return sorted(path for path in [*folder.glob("*.csv"), *folder.glob("*.json")] if path.name != "manifest.json")
+
+
+def cached_stacks() -> int:
+    """Return how many stacks of runs the cache holds."""
+    return sum(1 for _ in CACHE.rglob("output.pkl"))
 
 
 def environment() -> dict[str, Any]:

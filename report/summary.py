@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ import pandas as pd
 
 from sgsc_lib import write_text
 
-MARKS = "<!-- findings: written by report/build.py from report/results/full/claims.csv -->", "<!-- /findings -->"
+FIGURE = "report/findings.svg"  # the README's figure, from the project's root
 
 # Conditions as claims.csv and comparisons.csv name them: how a reader meets them, in the order of reading.
 CONDITIONS = {
@@ -190,8 +191,11 @@ def findings(claims_csv: Path) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def forest(comparisons_csv: Path) -> str:
-    """HTML: the figure of every condition's paired differences in accuracy and roughness."""
+def forest(comparisons_csv: Path, **saved: Any) -> tuple[str, str, str]:
+    """SVG, caption and written alternative of the figure of every condition's paired differences from Adam.
+
+    `saved` goes to `savefig`.
+    """
     table = pd.read_csv(comparisons_csv)
     table = table[table["setting"].isin(CONDITIONS)]
     panels = {  # measure: title, axis label, what a value is to a reader
@@ -230,24 +234,59 @@ def forest(comparisons_csv: Path) -> str:
         handles = [plt.Line2D([], [], linestyle="", label=verdict, **look) for verdict, look in looks.items()]
         fig.legend(handles=handles, loc="outside lower center", ncols=len(handles))
         buffer = io.BytesIO()
-        fig.savefig(buffer, format="svg", metadata={"Date": None})
+        fig.savefig(buffer, format="svg", metadata={"Date": None}, **saved)
         plt.close(fig)
-    source = base64.b64encode(buffer.getvalue()).decode()
     caption = (
         f"SGSC against Adam in {len(settings)} conditions: mean paired difference with its 95 % interval over "
         f"{table['n'].max()} seeds, and the verdict on SGSC. Grey: the margin of what matters, fixed beforehand. Left, "
         "further right is more accurate; right, further left is smoother. A gate after Adam at a common learning rate "
         "is left out, as its differences are of another scale: see the table of verdicts in section 3."
     )
-    alt = html.escape(typeset("; ".join(told)))
+    return buffer.getvalue().decode(), typeset(caption), typeset("; ".join(told))
+
+
+def forest_figure(comparisons_csv: Path) -> str:
+    """HTML: the forest figure, inlined."""
+    svg, caption, alt = forest(comparisons_csv)
+    source = base64.b64encode(svg.encode()).decode()
     return (
-        f'<figure id="fig-findings"><img alt="{alt}" src="data:image/svg+xml;base64,{source}">'
-        f"<figcaption>{html.escape(typeset(caption))}</figcaption></figure>"
+        f'<figure id="fig-findings"><img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{source}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
     )
 
 
-def update_readme(readme: Path, claims_csv: Path) -> None:
-    """Put the findings between the README's two marks."""
-    text, (begin, end) = readme.read_text(encoding="utf-8"), MARKS
-    block = f"{begin}\n{findings(claims_csv)}\n{end}"
-    write_text(re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: block, text, flags=re.DOTALL), readme)
+def duration(seconds: float) -> str:
+    """Return e.g. '48 s' or '3 min 20 s'."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def time_taken(manifest: Mapping) -> str:
+    """A sentence: how long the notebooks took, on what, and how much of it was read from the cache."""
+    parts = (f"{stem} {duration(ran['seconds'])}" for stem, ran in manifest["notebooks"].items())
+    trained = sum(ran["stacks_trained"] for ran in manifest["notebooks"].values())
+    machine = manifest["machine"]
+    return (
+        f"The notebooks took {duration(manifest['seconds'])} ({', '.join(parts)}) on {machine['cpu']}, "
+        f"{machine['cores']} cores. They trained {trained:,} stacks of runs; any other came from the cache of an "
+        "earlier build."
+    )
+
+
+def readme(text: str, results: Path) -> tuple[str, str]:
+    """The README with what the results say between its marks, and its figure as SVG, white behind for a dark page."""
+    svg, caption, alt = forest(results / "comparisons.csv", facecolor="white", transparent=False)
+    picture = f'<img src="{FIGURE}" alt="{html.escape(alt)}">\n\n{caption}'
+    sentences, tables = findings(results / "claims.csv").split("\n\n", 1)
+    manifest = json.loads((results / "manifest.json").read_text(encoding="utf-8"))
+    for name, block in (("findings", f"{sentences}\n\n{picture}\n\n{tables}"), ("time", time_taken(manifest))):
+        before, begin, rest = re.split(f"(<!-- {name}: .*? -->\n)", text, maxsplit=1)
+        text = f"{before}{begin}{block}\n<!-- /{name} -->{rest.split(f'<!-- /{name} -->', 1)[1]}"
+    return text, svg
+
+
+def update_readme(root: Path, results: Path) -> None:
+    """Put what the results say into the README and its figure."""
+    text, svg = readme((root / "README.md").read_text(encoding="utf-8"), results)
+    write_text(text, root / "README.md")
+    write_text(svg, root / FIGURE)

@@ -361,7 +361,7 @@ def test_without_claims_there_are_no_findings(tmp_path):
 @pytest.fixture
 def rendered(tmp_path, monkeypatch):
     """Render a notebook that shows the factorial, with given result files and CITATION.cff; the page, parsed."""
-    figure = BeautifulSoup(summary.forest(RESULTS / "comparisons.csv"), "html.parser").figure
+    figure = BeautifulSoup(summary.forest_figure(RESULTS / "comparisons.csv"), "html.parser").figure
     figure["id"] = "fig-factorial"
     executed = {"01_one": write_notebook(tmp_path / "01_one.ipynb", "# One", code("", {"text/html": str(figure)}))}
     manifest = json.loads((RESULTS / "manifest.json").read_text())
