@@ -7,6 +7,7 @@ The aims were set before anything was measured.
 """
 
 import argparse
+import html
 import io
 from pathlib import Path
 
@@ -119,12 +120,13 @@ def page(statistic: pd.DataFrame, training: pd.DataFrame) -> str:
     )
     epochs = int(training.epochs_timed.iloc[0])
     return (
+        "What was aimed at, as ratios in one run; beside the measured median its 95 % interval (smallest and largest "
+        f"value where there are fewer than 6 rounds):\n\n{markdown(aims(statistic, training))}\n"
+        "<details>\n<summary>All that was timed</summary>\n\n"
         f"One forward and backward pass with the sign consistency of every parameter, on {statistic.threads.iloc[0]} "
-        f"threads ({statistic.machine.iloc[0]}); median of the rounds, 95 % interval of the median (smallest and "
-        f"largest value where there are fewer than 6 rounds).\n\n{markdown(passes)}\n"
+        f"threads ({statistic.machine.iloc[0]}); median of the rounds and its interval.\n\n{markdown(passes)}\n"
         f"A training run of 50 epochs on MNIST-1D, scaled from {epochs} timed epoch{'s' if epochs > 1 else ''} "
-        f"(JAX {training.jax.iloc[0]}, compilation not counted).\n\n{markdown(runs)}\n"
-        f"What was aimed at:\n\n{markdown(aims(statistic, training))}"
+        f"(JAX {training.jax.iloc[0]}, compilation not counted).\n\n{markdown(runs)}\n</details>\n"
     )
 
 
@@ -160,7 +162,8 @@ def plot(statistic: pd.DataFrame, training: pd.DataFrame) -> str:
         ax.tick_params(axis="y", labelsize=8)
         ax.grid(visible=False, axis="y")
     buffer = io.StringIO()
-    fig.savefig(buffer, format="svg", metadata={"Date": None})
+    # White behind it, as the README shows it on dark pages too.
+    fig.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="white", transparent=False)
     return buffer.getvalue()
 
 
@@ -181,7 +184,12 @@ def main() -> None:
     before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if begin and end and not quick:
-        write_text(f"{before}{begin}{text}{end}{after}", readme)
+        told = "; ".join(
+            f"{row.model}, {row.method}: {row.ratio:.2f}" for row in tables[0].dropna(subset="ratio").itertuples()
+        )
+        alt = html.escape(f"Time of a pass over that of a plain one. {told}. The training runs are in the table below.")
+        picture = f'<img src="benchmarks/results/benchmark.svg" alt="{alt}">\n\n'
+        write_text(f"{before}{begin}{picture}{text}{end}{after}", readme)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from urllib.parse import unquote
 import build
 import nbformat
 import page
+import pandas as pd
 import pytest
+import verify
 from bs4 import BeautifulSoup
 from conftest import ROOT, code, write_notebook
 
@@ -371,6 +374,41 @@ def test_a_page_over_the_limit_names_its_biggest_parts(made, tmp_path, monkeypat
     executed = {"01_one": write_notebook(tmp_path / "01_one.ipynb", "# One", code("", {"text/html": FIGURE}))}
     with pytest.raises(page.BuildError, match=r"should be under 0.1 MB. Found 0.\d+ MB, with big.csv 0.10 MB, fig-a"):
         page.render(executed, manifest, [tmp_path / "big.csv"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# make verify
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_verify_trains_the_results_again_and_notices_a_number_that_nothing_trained(smoke_page, tmp_path, capsys):
+    for folder in ("notebooks", "report/profiles", "report/results/smoke"):
+        shutil.copytree(smoke_page.parents[1] / folder, tmp_path / folder)
+    results = tmp_path / "report" / "results" / "smoke"
+    assert verify.main(["--profile", "smoke"], tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "are what manifest.json says." in said and "equal to the last bit." in said and "Reproduced, in" in said
+    for name, column, maker in (
+        ("evaluation.csv", "final_test_accuracy", "03_evaluation"),
+        ("factorial_curves.csv", "train_loss_mean", "04_gamma_and_smoothness"),
+    ):
+        whole, manifest = (results / name).read_bytes(), (results / "manifest.json").read_text()
+        table = pd.read_csv(results / name)
+        table.loc[0, column] += 0.2
+        table.to_csv(results / name, index=False)
+        assert verify.main(["--profile", "smoke"], tmp_path) == 1
+        assert f"{name} is not what manifest.json says" in capsys.readouterr().err
+        forged = json.loads(manifest)
+        forged["results"][name] = forged["notebooks"][maker]["results"][name] = build.sha256(results / name)
+        (results / "manifest.json").write_text(json.dumps(forged))
+        assert verify.main(["--profile", "smoke"], tmp_path) == 1
+        said = capsys.readouterr().out
+        assert said.count("NOT REPRODUCED") == 1 and "Not reproduced, in" in said
+        (results / name).write_bytes(whole)
+        (results / "manifest.json").write_text(manifest)
+    shutil.rmtree(results)
+    assert verify.main(["--profile", "smoke"], tmp_path) == 1
+    assert "python report/build.py --profile smoke" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 import doctest
 import inspect
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -85,9 +87,7 @@ def test_every_public_name_has_an_example_and_they_run():
     own = {name: v for name, v in vars(sgsc_lib).items() if getattr(v, "__module__", "") == "sgsc_lib"}
     methods = {f"{n}.{m}": f for n, v in own.items() if inspect.isclass(v) for m, f in vars(v).items() if callable(f)}
     public = {name: v for name, v in (own | methods).items() if not re.search(r"(^|\.)_", name)}
-    assert {name for name, v in public.items() if ">>>" not in (v.__doc__ or "")} <= {
-        "Dataset"
-    }
+    assert {name for name, v in public.items() if ">>>" not in (v.__doc__ or "")} <= {"Dataset"}
     found = doctest.testmod(sgsc_lib)
     assert found.attempted > len(public) > 40 and found.failed == 0
 
@@ -130,6 +130,17 @@ def test_the_readmes_layer_and_gate_work():
 def test_the_readmes_findings_figure_and_time_are_those_of_the_committed_results():
     text = (ROOT / "README.md").read_text()
     assert summary.readme(text, FULL) == (text, (ROOT / summary.FIGURE).read_text())
+
+
+def test_the_readmes_benchmark_is_that_of_the_committed_tables(tmp_path):
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns(".*"))
+    for path in ("README.md", "report/sgsc.mplstyle"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / path, tmp_path / path)
+    command = [sys.executable, tmp_path / "benchmarks" / "summary.py"]
+    subprocess.run(command, cwd=tmp_path / "benchmarks", check=True)
+    for path in ("README.md", "benchmarks/results/benchmark.md", "benchmarks/results/benchmark.svg"):
+        assert (tmp_path / path).read_bytes() == (ROOT / path).read_bytes(), f"{path}: run benchmarks/summary.py"
 
 
 # -- the committed results, recomputed by another route (statsmodels) --------------------------------------------------
