@@ -1352,27 +1352,42 @@ def _seal(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _sealed_stack(key: str, compute: Callable[[], dict[str, np.ndarray]]) -> tuple[dict[str, np.ndarray], str]:
-    """What is cached: a stack's arrays and their seal. `key` says what `compute` computes."""
+def _sealed(key: str, compute: Callable[[], dict[str, np.ndarray]]) -> tuple[dict[str, np.ndarray], str]:
+    """What is cached: named arrays and their seal."""
     arrays = compute()
     return arrays, _seal(arrays)
 
 
-def _cached_stack(cache: Path, key: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Read a stack from the cache, or compute it; joblib notices what can't be read, the seal what was altered."""
-    recall = joblib.Memory(cache, verbose=0).cache(_sealed_stack, ignore=["compute"])
+def cached(folder: Path, key: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return the named arrays that `compute` computes, read from `folder` where the same `key` was computed before.
+
+    `key` has to say all that they depend on: code (`source_of`), data, settings. joblib notices an entry that can't be
+    read, a SHA-256 one that was altered; either is computed again.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     first = cached(Path(folder), "two zeros", lambda: {"zeros": np.zeros(2)})
+    ...     again = cached(Path(folder), "two zeros", lambda: {"zeros": np.ones(2)})  # not called
+    >>> again["zeros"].tolist()
+    [0.0, 0.0]
+    """
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    recall = joblib.Memory(folder, verbose=0).cache(_sealed, ignore=["compute"])
     arrays, seal = recall(key, compute)
     if seal != _seal(arrays):
-        print(f"A cached stack in {cache} is damaged: training it again.", file=sys.stderr, flush=True)
+        print(f"An entry of the cache in {folder} is damaged: training it again.", file=sys.stderr, flush=True)
         recall.call_and_shelve(key, compute).clear()
         arrays, _ = recall(key, compute)
     return arrays
 
 
-def _source_of(function: Callable, seen: set[str] | None = None) -> str:
+def source_of(function: Callable, seen: set[str] | None = None) -> str:
     """The source of a function and of all in this module that it uses: what a cached result depends on.
 
     Comments, docstrings and layout are left out, so that rewording them keeps the cache.
+
+    >>> print(source_of(noise_floor).splitlines()[1])
+        return math.sqrt(2 / (math.pi * check('batch_size', batch_size, int, low=1)))
     """
     seen = set() if seen is None else seen
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -1385,11 +1400,11 @@ def _source_of(function: Callable, seen: set[str] | None = None) -> str:
         value = globals()[name]
         seen.add(name)
         if callable(value) and getattr(value, "__module__", None) == __name__:
-            parts.append(_source_of(value, seen))
+            parts.append(source_of(value, seen))
         elif isinstance(value, dict):
             own = {key: f for key, f in value.items() if getattr(f, "__module__", None) == __name__}
             parts += [f"{name}[{key!r}] = {getattr(f, '__name__', f)}" for key, f in value.items()]
-            parts += [_source_of(f, seen) for f in own.values()]
+            parts += [source_of(f, seen) for f in own.values()]
         elif isinstance(value, int | float | str | tuple):
             parts.append(f"{name} = {value!r}")
     return "\n".join(parts)
@@ -1460,16 +1475,14 @@ def train(
         compute = partial(_train_stack, stacked, data, fresh, gate, **settings)
         if cache is None:
             return joblib.delayed(compute)()
-        key = json.dumps([made_by, _source_of(gate) if gate else None, [asdict(run) for run in stacked]])
-        return joblib.delayed(_cached_stack)(Path(cache) / "runs", key, compute)
+        key = json.dumps([made_by, source_of(gate) if gate else None, [asdict(run) for run in stacked]])
+        return joblib.delayed(cached)(Path(cache) / "runs", key, compute)
 
-    if cache is not None:
-        os.makedirs(Path(cache) / "runs", mode=0o700, exist_ok=True)
     threads = torch.get_num_threads()
     try:
         with _backend(scheduler, n_jobs, len(stacks)):
             results = joblib.Parallel(return_as="generator")(map(job, stacks))
-            results = list(_with_progress(results, len(stacks), progress))
+            results = list(with_progress(results, len(stacks), progress))
     finally:
         torch.set_num_threads(threads)
     back = np.argsort(np.concatenate(stacks))
@@ -1502,7 +1515,7 @@ def check_training(
 
 
 def _engine_version() -> list[str]:
-    return [hashlib.sha256(_source_of(_train_stack).encode()).hexdigest(), torch.__version__]
+    return [hashlib.sha256(source_of(_train_stack).encode()).hexdigest(), torch.__version__]
 
 
 @contextmanager
@@ -1525,15 +1538,21 @@ def _backend(scheduler: str, n_jobs: int, n_tasks: int) -> Iterator[None]:
         yield
 
 
-def _with_progress(items: Iterable, total: int, label: str | None) -> Iterator:
-    """Pass `items` on, printing how many are done and about how long the rest takes, a line every 10 seconds."""
+def with_progress(items: Iterable, total: int, label: str | None) -> Iterator:
+    """Pass `items` on, printing how many of `total` are done and about how long the rest takes, every 10 seconds.
+
+    To stderr, under the `label`; None prints nothing.
+
+    >>> sum(with_progress((k * k for k in range(4)), 4, "squares"))
+    14
+    """
     start = last = time.monotonic()
     for done, item in enumerate(items, 1):
         now = time.monotonic()
         if label and (now - last > 10 or done == total):
             left = (now - start) / done * (total - done)
             print(
-                f"  {label}: {done}/{total} stacks, {now - start:.0f} s so far, about {left:.0f} s left",
+                f"  {label}: {done}/{total} done, {now - start:.0f} s so far, about {left:.0f} s left",
                 file=sys.stderr,
                 flush=True,
             )
@@ -1602,7 +1621,7 @@ def tune(
         for s, (arm, k) in enumerate(itertools.product(arms, range(n_studies))):
             space = [f"{field} {distribution_to_json(d)}" for field, d in searched[arm].items()]
             gate = GATES.get(kept[arm].get("gate", "sign"))
-            depends = [made_by, s, space, kept[arm], _source_of(gate) if gate else None]
+            depends = [made_by, s, space, kept[arm], source_of(gate) if gate else None]
             digest = hashlib.sha256(json.dumps(depends, default=str).encode()).hexdigest()
             name = f"{study}, {arm}, {k}, {digest[:12]}"
             studies[arm, k] = optuna.create_study(

@@ -204,7 +204,7 @@ def test_the_cache_answers_for_the_same_code_only(small, tmp_path, monkeypatch):
 
 
 def test_the_cache_key_covers_every_function_that_training_uses():
-    source = sgsc_lib._source_of(sgsc_lib._train_stack)
+    source = sgsc_lib.source_of(sgsc_lib._train_stack)
     for name in (
         "_train_stack",
         "_forward",
@@ -220,7 +220,7 @@ def test_the_cache_key_covers_every_function_that_training_uses():
     ):
         assert f"def {name}(" in source, name
     assert "BETA2 = 0.999" in source and "SUMS['square'] = square" in source
-    assert "def power_gate(" in sgsc_lib._source_of(sgsc_lib.GATES["sign"])  # a stack's key holds that of its gate
+    assert "def power_gate(" in sgsc_lib.source_of(sgsc_lib.GATES["sign"])  # a stack's key holds that of its gate
 
 
 # -- gates and relatives -----------------------------------------------------------------------------------------------
