@@ -6,10 +6,11 @@
     python report/build.py --list                      profiles, notebooks and their parameters
 
 A profile is report/profiles/NAME.yaml, lines of `notebook: {parameter: value}` in the order to run, all checked before
-anything runs. papermill writes the executed notebooks to report/executed/NAME/; they write their raw results to
-report/results/NAME/, where manifest.json says what was run, with what, how long it took, and each result's SHA-256. The
-page comes last and in one step: a build that fails or is killed leaves the previous page as it was, and the next one
-reads from the cache what was trained by then. Results that are not what the manifest says are refused, never mixed.
+anything runs; in a value, {results} is the profile's own folder of results. papermill writes the executed notebooks to
+report/executed/NAME/; they write their raw results to report/results/NAME/, where manifest.json says what was run, with
+what, how long it took, and each result's SHA-256. The page comes last and in one step: a build that fails or is killed
+leaves the previous page as it was, and the next one reads from the cache what was trained by then. Results that are not
+what the manifest says are refused, never mixed.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def read_profile(place: Place) -> dict[str, dict[str, Any]]:
         raise BuildError(f"{path} is not YAML: {error}") from None
     if not isinstance(profile, dict) or not all(isinstance(given, dict | None) for given in profile.values()):
         raise BuildError(f"{path} should be lines of `notebook: {{parameter: value}}`. Found {profile!r}.")
-    plan, problems = {}, []
+    plan, problems, folder = {}, [], place.results.relative_to(place.root).as_posix()
     for stem, given in profile.items():
         if stem not in notebooks(place.root):
             problems.append(f"{path}: there is no notebook {stem!r}. There are: {', '.join(notebooks(place.root))}.")
@@ -116,11 +117,13 @@ def read_profile(place: Place) -> dict[str, dict[str, Any]]:
                     raise ValueError(f"is not a parameter of this notebook. It has: {', '.join(declared) or 'none'}.")
                 if value == "" and declared[name]["default"] not in ('""', "''"):
                     raise ValueError("should not be empty. Found ''.")
+                if isinstance(value, str):
+                    value = value.replace("{results}", folder)
                 plan[stem][name] = coerce(value, declared[name]["inferred_type_name"])
             except ValueError as error:
                 problems.append(f"{path}, {stem}: `{name}` {error}")
         if "results" in declared:
-            plan[stem]["results"] = place.results.relative_to(place.root).as_posix()
+            plan[stem]["results"] = folder
     if problems:
         raise BuildError("\n".join(problems))
     return plan

@@ -138,7 +138,7 @@ def abstract(row: dict[str, dict]) -> list[str]:
         f"alone makes {number['1a-card-values-learning-rate']}, γ alone {gate_alone}.",
         f"**{NOISE[verdict['5-signal']]}**{strength}: its rank correlation with the signal-to-noise ratio is "
         f"{number['5-signal']}.",
-        f"Moved behind Adam and tuned again, **its test accuracy is {ACCURATE[verdict['2-after-tuned']]}**: "
+        f"With the gate after Adam and tuned again, **its test accuracy is {ACCURATE[verdict['2-after-tuned']]}**: "
         f"{number['2-after-tuned']}" + rivals(row) + ".",
     ]
 
@@ -152,7 +152,7 @@ def rivals(row: dict[str, dict]) -> str:
     if not told.keys() <= row.keys():
         return f", and {shown(row['6-after-permuted'])} against the same gate shuffled over parameters"
     parts = [f"**{AGAINST[row[key]['verdict']]} {rival}** ({shown(row[key])})" for key, rival in told.items()]
-    return f"; with cosine decay for all and on a fresh draw, it is {' and '.join(parts)}"
+    return f"; tuned once more with cosine decay for all, on a fresh draw, it is {' and '.join(parts)}"
 
 
 def markdown_table(header: str, rows: list[list[str]]) -> str:
@@ -183,7 +183,7 @@ def findings(claims_csv: Path) -> str:
     parts = [
         "\n".join(f"- {sentence}" for sentence in abstract(row)),
         markdown_table("| The card's claim | both tuned | at the card's settings | at one learning rate |", short),
-        markdown_table("| Beyond the card, all tuned at one budget | on the test set | on a fresh draw |", beyond),
+        markdown_table("| Beyond the card, all tuned anew (notebook 05) | on the test set | on a fresh draw |", beyond),
         f"<details>\n<summary>Every verdict on the card's claims ({len(whole)})</summary>",
         markdown_table("| The card's claim | condition | n | estimate, 95 % interval | verdict |", whole),
         "</details>",

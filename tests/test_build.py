@@ -123,6 +123,13 @@ def test_values_arrive_as_their_declared_types(toy):
     assert type(plan["rates"][0]) is float
 
 
+def test_a_copied_profile_reads_its_own_results_and_not_the_first_ones(toy):
+    for name in ("smoke", "mine"):
+        root = toy("01_one: {arm: '{results}/tuned.csv'}", name)
+        plan = build.read_profile(build.Place(name, root))["01_one"]
+        assert plan == {"arm": f"report/results/{name}/tuned.csv", "results": f"report/results/{name}"}
+
+
 def test_list_and_help(toy, capsys):
     toy("01_one: {n_seeds: 9}", name="full")
     assert build.main(["--list"], toy("01_one: {n_seeds: 2}")) == 0
