@@ -30,6 +30,7 @@ import json
 import math
 import numbers
 import os
+import platform
 import sys
 import textwrap
 import time
@@ -136,11 +137,28 @@ def check_parameters(notebook: dict[str, Any], **at_least: float) -> None:
     Traceback (most recent call last):
     ValueError: `epochs` should be ≥ 2. Found 1.
     """
-    problems, declared = [], notebook.get("__annotations__", {})
-    for name, kind in declared.items():
-        kind = str(kind) if "[" in str(kind) else kind.__name__
+    declared = notebook.get("__annotations__", {})
+    kinds = {name: str(kind) if "[" in str(kind) else kind.__name__ for name, kind in declared.items()}
+    problems = parameter_problems(kinds, notebook, at_least)
+    for source in notebook.get("In", []):  # papermill's cell, which a notebook opened in Jupyter does not have
+        if source.startswith("# Parameters\n"):
+            names = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
+            unknown = [n.id for n in names if isinstance(n.ctx, ast.Store) and n.id not in declared]
+            problems += [f"`{name}` is not a parameter of this notebook: {', '.join(declared)}." for name in unknown]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def parameter_problems(kinds: Mapping[str, str], values: dict[str, Any], at_least: Mapping[str, float]) -> list[str]:
+    """What is wrong with `values` (coerced in place) of the declared `kinds`, one text each; see `check_parameters`.
+
+    >>> parameter_problems({"n_seeds": "int"}, {"n_seeds": 0}, {})
+    ['`n_seeds` should be ≥ 1. Found 0.']
+    """
+    problems = []
+    for name, kind in kinds.items():
         try:
-            value = notebook[name] = coerce(notebook[name], kind)
+            value = values[name] = coerce(values[name], kind)
             low = at_least.get(name, 0.0 if "float" in kind else 1)
             for item in value if isinstance(value, list) else [value]:
                 if isinstance(item, str) and not item and low:
@@ -149,13 +167,7 @@ def check_parameters(notebook: dict[str, Any], **at_least: float) -> None:
                     raise ValueError(f"should be ≥ {low:g}. Found {item!r}.")
         except ValueError as error:
             problems.append(f"`{name}` {error}")
-    for source in notebook.get("In", []):  # papermill's cell, which a notebook opened in Jupyter does not have
-        if source.startswith("# Parameters\n"):
-            names = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
-            unknown = [n.id for n in names if isinstance(n.ctx, ast.Store) and n.id not in declared]
-            problems += [f"`{name}` is not a parameter of this notebook: {', '.join(declared)}." for name in unknown]
-    if problems:
-        raise ValueError("\n".join(problems))
+    return problems
 
 
 # ======================================================================================================================
@@ -425,10 +437,10 @@ SUMS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def per_run(values: Tensor, like: Tensor) -> Tensor:
+def align_runs(values: Tensor, like: Tensor) -> Tensor:
     """Values [R], one a run, as [R, 1, ...] in the dtype of `like` [R, ...], so that they broadcast over it.
 
-    >>> per_run(torch.tensor([0.5, 2.0], dtype=torch.float64), torch.ones(2, 3)) * torch.ones(2, 3)
+    >>> align_runs(torch.tensor([0.5, 2.0], dtype=torch.float64), torch.ones(2, 3)) * torch.ones(2, 3)
     tensor([[0.5000, 0.5000, 0.5000],
             [2.0000, 2.0000, 2.0000]])
     """
@@ -437,7 +449,8 @@ def per_run(values: Tensor, like: Tensor) -> Tensor:
 
 def _share(part: Tensor, whole: Tensor, gamma: Tensor) -> Tensor:
     """(part / whole) ** γ with 0 / 0 = 0, and no more than 1 whatever the rounding; γ [R] for part [R, ...]."""
-    return torch.where(whole > 0, part / whole, 0.0).clamp_(max=1.0) ** per_run(gamma, part)
+    share = torch.where(whole > 0, part / whole, 0.0).clamp_(max=1.0)
+    return share ** gamma.to(part.dtype).view(-1, *[1] * (part.ndim - 1))
 
 
 def sign_gate(sign: Tensor, *, batch_size: int, gamma: Tensor) -> Tensor:
@@ -485,8 +498,8 @@ def and_mask_gate(sign: Tensor, *, batch_size: int, gamma: Tensor) -> Tensor:
     >>> and_mask_gate(torch.tensor([[4.0, -1.0]]), batch_size=4, gamma=torch.tensor([0.5]))
     tensor([[2., 0.]])
     """
-    mask = (sign.abs() >= per_run(gamma * batch_size, sign)).to(sign.dtype)
-    return mask / per_run(mask.flatten(1).mean(1) + 1e-10, mask)
+    mask = (sign.abs() >= (gamma * batch_size).to(sign.dtype).view(-1, *[1] * (sign.ndim - 1))).to(sign.dtype)
+    return mask / (mask.flatten(1).mean(1) + 1e-10).view(-1, *[1] * (sign.ndim - 1))
 
 
 # A gate's parameter names say which sums it is made of ("total" or of `SUMS`), each [R, *shape]; γ is float64 [R].
@@ -1233,17 +1246,18 @@ def adam_step_(
     """
     correction1, correction2 = 1 - BETA1**step, 1 - BETA2**step
     for k, (p, g, (m, v)) in enumerate(zip(parameters, gradients, moments, strict=True)):
+        per_run = (-1, *[1] * (p.ndim - 1))
         if weight_decay is not None:
-            p.mul_(per_run(1 - lr * weight_decay, p))
+            p.mul_((1 - lr * weight_decay).to(p.dtype).view(per_run))
         m.lerp_(g, 1 - BETA1)
         v.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
         denominator = (v.sqrt() / correction2**0.5).add_(EPSILON)
-        update = m * per_run(-lr / correction1, p)
+        update = m * (-lr / correction1).to(p.dtype).view(per_run)
         if gates is not None:
             update.mul_(gates[k])
         if cautious:
             agrees = (update * g < 0).to(p.dtype)
-            update.mul_(agrees / per_run(agrees.flatten(1).mean(1).clamp_(min=1e-3), p))
+            update.mul_(agrees / agrees.flatten(1).mean(1).clamp_(min=1e-3).view(per_run))
         p.addcdiv_(update, denominator)
 
 
@@ -1255,7 +1269,7 @@ def _controlled(
         orders = [torch.stack([torch.randperm(g[0].numel(), generator=own) for own in generators]) for g in gates]
         return [g.flatten(1).gather(1, order).view_as(g) for g, order in zip(gates, orders, strict=True)]
     if control == "layer-mean":
-        return [per_run(g.flatten(1).mean(1), g).expand_as(g) for g in gates]
+        return [g.flatten(1).mean(1).view(-1, *[1] * (g.ndim - 1)).expand_as(g) for g in gates]
     return first if control == "frozen" and first is not None else gates
 
 
@@ -1325,7 +1339,7 @@ def _train_stack(
                 gradients = [s.sign() for a, delta in layers for s in factored_sums(a, delta, torch.sign)]
             if relative == "vote" and placement == "after":  # signSGD: the votes are the update, without Adam
                 for p, votes in zip(parameters, gradients, strict=True):
-                    p.sub_(votes * per_run(rates, p))
+                    p.sub_(votes * rates.to(p.dtype).view(-1, *[1] * (p.ndim - 1)))
             else:
                 adam_step_(parameters, gradients, moments, rates, step, gates, weight_decay, relative == "cautious")
             log["step_loss"].append(losses.detach())
@@ -1373,12 +1387,20 @@ def cached(folder: Path, key: str, compute: Callable[[], dict[str, np.ndarray]])
     """
     os.makedirs(folder, mode=0o700, exist_ok=True)
     recall = joblib.Memory(folder, verbose=0).cache(_sealed, ignore=["compute"])
-    arrays, seal = recall(key, compute)
-    if seal != _seal(arrays):
+    entry = recall(key, compute)
+    if not _intact(entry):
         print(f"An entry of the cache in {folder} is damaged: training it again.", file=sys.stderr, flush=True)
         recall.call_and_shelve(key, compute).clear()
-        arrays, _ = recall(key, compute)
-    return arrays
+        entry = recall(key, compute)
+    return entry[0]
+
+
+def _intact(entry: Any) -> bool:
+    try:
+        arrays, seal = entry
+        return seal == _seal(arrays)
+    except (AttributeError, TypeError, ValueError):  # it can be unpickled, but is something else
+        return False
 
 
 def source_of(function: Callable, seen: set[str] | None = None) -> str:
@@ -1467,12 +1489,13 @@ def train(
         groups.setdefault((run.placement, run.control, run.gate) if run.gamma else None, []).append(r)
     stacks = [group[i : i + stack_size] for group in groups.values() for i in range(0, len(group), stack_size)]
 
-    made_by = [_engine_version(), sha256_of(*data), sha256_of(*fresh) if fresh else None, settings]
+    engine = _engine_version()
+    made_by = [engine, sha256_of(*data), sha256_of(*fresh) if fresh else None, settings]
 
     def job(stack: list[int]) -> Any:
         stacked = [runs[r] for r in stack]
         gate = GATES.get(stacked[0].gate) if stacked[0].gamma else None
-        compute = partial(_train_stack, stacked, data, fresh, gate, **settings)
+        compute = partial(_by_same_engine, engine, stacked, data, fresh, gate, **settings)
         if cache is None:
             return joblib.delayed(compute)()
         key = json.dumps([made_by, source_of(gate) if gate else None, [asdict(run) for run in stacked]])
@@ -1512,6 +1535,16 @@ def check_training(
         "widths": widths,
         "probe_size": check("probe_size", probe_size, int, low=0, high=len(data.x_train)),
     }
+
+
+def _by_same_engine(version: list[str], *stack: Any, **settings: Any) -> dict[str, np.ndarray]:
+    """`_train_stack`, by the code that asks for it: a worker elsewhere may have imported another."""
+    if version != _engine_version():
+        raise RuntimeError(
+            f"A worker should have the sgsc_lib and the torch of the process that calls it, {version}. "
+            f"Found {_engine_version()}: install the same on the workers, and start them again."
+        )
+    return _train_stack(*stack, **settings)
 
 
 def _engine_version() -> list[str]:
@@ -1588,10 +1621,10 @@ def tune(
     `study`, `trial` (0, 1, … in order), `seed` (its first), the fields, and `valid_accuracy`.
 
     Trials are kept in an Optuna storage: a journal file in the folder `cache`, or the database at the URL `storage`. A
-    search that was stopped anywhere goes on with the history it would have had. Several processes on one database share
-    the studies, `n_trials` in all; then the history depends on their timing. A study's name ends with a hash of what
-    its trials depend on. Raises TypeError or ValueError for a bad setting, number or URL, RuntimeError for a storage
-    that can't be read.
+    search on a journal that was stopped anywhere goes on with the history it would have had; a second one on the same
+    journal waits. Several processes on one database share the studies, `n_trials` in all, and lose none to a stop; then
+    the history depends on their timing. A study's name ends with a hash of what its trials depend on. Raises TypeError
+    or ValueError for a bad setting, number or URL, RuntimeError for a storage that can't be read.
 
     >>> import tempfile
     >>> from optuna.distributions import FloatDistribution
@@ -1612,12 +1645,19 @@ def tune(
         check(name, value, int, low=1)
     searched = {arm: {f: d for f, d in space.items() if isinstance(d, BaseDistribution)} for arm, space in arms.items()}
     kept = {arm: {f: value for f, value in space.items() if f not in searched[arm]} for arm, space in arms.items()}
+    if not len(data.x_valid):
+        raise ValueError("`data` should have validation rows, on which trials are judged. Found none.")
     training = inspect.signature(train).bind([], data, **settings)
     training.apply_defaults()
     same = check_training(data, **{name: training.arguments[name] for name in ("epochs", "batch_size", "widths")})
-    made_by = [_engine_version(), sha256_of(*data), numbers, first_seed, same]
-    studies = {}
-    with _storage(storage, Path(cache) / "tuning" / f"{study}.journal") as opened:
+    search = [optuna.__version__, source_of(_ask), numbers, first_seed]
+    made_by = [_engine_version(), sha256_of(*data), same, search]
+    studies, journal = {}, Path(cache) / "tuning" / f"{study}.journal"
+
+    def finished(each: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+        return each.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+
+    with _storage(storage, journal) as opened:
         for s, (arm, k) in enumerate(itertools.product(arms, range(n_studies))):
             space = [f"{field} {distribution_to_json(d)}" for field, d in searched[arm].items()]
             gate = GATES.get(kept[arm].get("gate", "sign"))
@@ -1627,47 +1667,53 @@ def tune(
             studies[arm, k] = optuna.create_study(
                 study_name=name, storage=opened, direction="maximize", load_if_exists=True
             )
+        while left := sum(max(0, n_trials - len(finished(each))) for each in studies.values()):
+            asked = []
+            for s, ((arm, k), each) in enumerate(studies.items()):
+                each.sampler = optuna.samplers.TPESampler(seed=_sampler_seed(s, len(finished(each)), bool(storage)))
+                for number, fields in _ask(each, searched[arm], n_trials, ask_batch, shared=bool(storage)):
+                    asked.append((k, each, number, kept[arm] | fields))
+            runs = [Run(seed=first_seed + 100 * k + i, **fields) for k, _, _, fields in asked for i in range(n_seeds)]
+            if not runs and not storage:
+                raise RuntimeError(f"The trials in {journal} are not those that a search leaves. Delete it.")
+            if not runs:  # another process has the rest
+                time.sleep(1)
+                continue
+            label = f"{progress}, {left} trials left" if progress else None
+            curves = train(runs, data, evaluate_every=sys.maxsize, cache=cache, progress=label, **settings)
+            scores = curves.valid_accuracy[:, -1].reshape(-1, n_seeds).mean(1)
+            for (_, each, number, _), score in zip(asked, scores, strict=True):
+                with suppress(UpdateFinishedTrialError):  # another process told the same value in this very moment
+                    each.tell(number, float(score), skip_if_finished=True)
+            if not storage:
+                _seal_journal(journal)
+        return pd.DataFrame(
+            {
+                "arm": arm,
+                "study": k,
+                "trial": number,
+                "seed": first_seed + 100 * k,
+                **kept[arm],
+                **trial.params,
+                "valid_accuracy": trial.value,
+            }
+            for (arm, k), each in studies.items()
+            for number, trial in enumerate(finished(each)[:n_trials])
+        )
 
-    def finished(each: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-        return each.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
 
-    while left := sum(n_trials - len(finished(each)) for each in studies.values()):
-        asked = []
-        for s, ((arm, k), each) in enumerate(studies.items()):
-            sampler_seed = 1_000 * s + len(finished(each)) + (os.getpid() if storage else 0)
-            each.sampler = optuna.samplers.TPESampler(seed=sampler_seed)
-            for number, fields in _ask(each, searched[arm], n_trials, ask_batch, shared=bool(storage)):
-                asked.append((k, each, number, kept[arm] | fields))
-        runs = [Run(seed=first_seed + 100 * k + i, **fields) for k, _, _, fields in asked for i in range(n_seeds)]
-        if not runs:  # another process has the rest
-            time.sleep(1)
-            continue
-        label = f"{progress}, {left} trials left" if progress else None
-        curves = train(runs, data, evaluate_every=sys.maxsize, cache=cache, progress=label, **settings)
-        scores = curves.valid_accuracy[:, -1].reshape(-1, n_seeds).mean(1)
-        for (_, each, number, _), score in zip(asked, scores, strict=True):
-            with suppress(UpdateFinishedTrialError):  # another process told the same value in this very moment
-                each.tell(number, float(score), skip_if_finished=True)
-    return pd.DataFrame(
-        {
-            "arm": arm,
-            "study": k,
-            "trial": number,
-            "seed": first_seed + 100 * k,
-            **kept[arm],
-            **trial.params,
-            "valid_accuracy": trial.value,
-        }
-        for (arm, k), each in studies.items()
-        for number, trial in enumerate(finished(each)[:n_trials])
-    )
+def _sampler_seed(study: int, n_finished: int, shared: bool) -> int:
+    """A seed for a study's next questions; processes that share the study ask with seeds of their own."""
+    if not shared:
+        return 1_000 * study + n_finished
+    process = int.from_bytes(hashlib.sha256(f"{platform.node()} {os.getpid()}".encode()).digest()[:4])
+    return int(np.random.SeedSequence([study, n_finished, process]).generate_state(1)[0])
 
 
 @contextmanager
 def _storage(url: str, journal: Path) -> Iterator[optuna.storages.BaseStorage]:
-    """Open the trials' storage; errors name it and the way out."""
-    if url and "://" not in url:
-        raise ValueError(f"`storage` should be empty or a database URL, like 'postgresql+psycopg://…'. Found {url!r}.")
+    """Open the trials' storage, a journal for this process alone; errors name it and the way out."""
+    from filelock import FileLock, Timeout
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
@@ -1675,14 +1721,61 @@ def _storage(url: str, journal: Path) -> Iterator[optuna.storages.BaseStorage]:
         yield _database(url)
         return
     journal.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = FileLock(journal.with_suffix(".held"))
     try:
-        yield JournalStorage(JournalFileBackend(str(journal)))
-    except (ValueError, KeyError) as error:  # a line that is not what a journal has
-        way_out = f"Delete {journal}: the runs are cached, only the search is made again."
-        raise RuntimeError(f"The trials' storage can't be read ({error!r}). {way_out}") from error
+        lock.acquire(blocking=False)
+    except Timeout:
+        print(f"Waiting for another search on {journal}; give `storage` to share one.", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        try:
+            _check_journal(journal)
+            opened = JournalStorage(JournalFileBackend(str(journal)))
+        except (ValueError, KeyError, TypeError) as error:  # a line that is not what a journal has
+            way_out = f"Delete {journal}: the runs are cached, only the search is made again."
+            raise RuntimeError(f"The trials' storage can't be read ({error!r}). {way_out}") from error
+        yield opened
+    finally:
+        lock.release()
+
+
+def _seal_journal(journal: Path) -> None:
+    """Write beside a journal how long it is and its SHA-256: what was told by now may only be added to."""
+    whole = journal.read_bytes()
+    write_text(f"{len(whole)} {hashlib.sha256(whole).hexdigest()}", journal.with_suffix(".seal"))
+
+
+def _check_journal(journal: Path) -> None:
+    """Cut a line that a power cut left unfinished off a journal's end; ValueError where what was sealed has changed."""
+    if not journal.exists():
+        journal.with_suffix(".seal").unlink(missing_ok=True)
+        return
+    whole, seal = journal.read_bytes(), journal.with_suffix(".seal")
+    if seal.exists():
+        length, digest = seal.read_text(encoding="utf-8").split(" ")
+        if hashlib.sha256(whole[: int(length)]).hexdigest() != digest:
+            raise ValueError("it is not what its seal says: truncated, edited or damaged")
+    if not whole.endswith(b"\n"):
+        os.truncate(journal, whole.rfind(b"\n") + 1)
+
+
+def check_services(*, storage: str = "", scheduler: str = "") -> None:
+    """Raise ValueError, naming the parameter, where a database or a Dask scheduler that is given does not answer.
+
+    >>> check_services(storage="here")
+    Traceback (most recent call last):
+    ValueError: `storage` should be empty or a database URL, like 'postgresql+psycopg://…'. Found 'here'.
+    """
+    if storage:
+        _database(storage)
+    if scheduler:
+        with _backend(scheduler, 1, 1):
+            pass
 
 
 def _database(url: str) -> optuna.storages.RDBStorage:
+    if "://" not in url:
+        raise ValueError(f"`storage` should be empty or a database URL, like 'postgresql+psycopg://…'. Found {url!r}.")
     from optuna.storages import RDBStorage
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -1720,13 +1813,17 @@ def _ask(
             study.tell(left_open.number, state=TrialState.FAIL, skip_if_finished=True)
     if take_over:
         return [(t.number, t.params) for t in running if t not in fail][: n_trials - n_finished]
-    asked = [study.ask(space) for _ in range(min(ask_batch, n_trials - n_finished - len(running)))]
+    asked = []
+    for _ in range(min(ask_batch, n_trials - n_finished - len(running))):
+        with suppress(UpdateFinishedTrialError):  # another process gave up on this one before it was asked in full
+            asked.append(study.ask(space))
     if shared:  # two processes may have asked for the last trial at once: the later one is too many
         others = study.get_trials(deepcopy=False)
         for trial in list(asked):
             if sum(t.number < trial.number and t.state != TrialState.FAIL for t in others) >= n_trials:
-                study.tell(trial, state=TrialState.FAIL)
                 asked.remove(trial)
+                with suppress(UpdateFinishedTrialError):
+                    study.tell(trial, state=TrialState.FAIL)
     return [(trial.number, trial.params) for trial in asked]
 
 

@@ -16,6 +16,7 @@ what the manifest says are refused, never mixed.
 from __future__ import annotations
 
 import argparse
+import ast
 import logging
 import os
 import signal
@@ -37,6 +38,7 @@ from manifest import (
     cached_stacks,
     check_environment,
     check_results,
+    command,
     now,
     raw_results,
     read_manifest,
@@ -45,12 +47,12 @@ from manifest import (
     write_manifest,
 )
 from nbclient.exceptions import DeadKernelError
-from page import BuildError, render
+from page import BuildError, duration, render
 from papermill.exceptions import PapermillExecutionError
-from summary import duration, findings, update_readme
+from summary import findings, update_readme
 from traitlets.config import Config
 
-from sgsc_lib import coerce, write_text
+from sgsc_lib import parameter_problems, result_problem, write_text
 
 KERNEL = Config({"KernelManager": {"transport_encryption": "auto"}})  # no other user of the machine can listen in
 
@@ -94,11 +96,30 @@ def notebooks(root: Path) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class OneOfEachKey(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error: the second would win in silence."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise yaml.constructor.ConstructorError(None, None, f"{', '.join(sorted(twice))} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def lower_bounds(notebook: Path) -> dict[str, float]:
+    """Return what the notebook gives `check_parameters` as the least value of a parameter, {name: number}."""
+    code = (cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code")
+    source = next((text for text in code if "check_parameters(globals()" in text), "")
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    mine = [call for call in calls if getattr(call.func, "id", "") == "check_parameters"]
+    return {word.arg: ast.literal_eval(word.value) for call in mine for word in call.keywords if word.arg}
+
+
 def read_profile(place: Place) -> dict[str, dict[str, Any]]:
     """Return `{notebook: {parameter: value}}` in the order to run; BuildError lists all that is wrong with it."""
     path = f"report/profiles/{place.profile}.yaml"
     try:
-        profile = yaml.safe_load((place.root / path).read_text(encoding="utf-8"))
+        profile = yaml.load((place.root / path).read_text(encoding="utf-8"), Loader=OneOfEachKey)
     except yaml.YAMLError as error:
         raise BuildError(f"{path} is not YAML: {error}") from None
     if not isinstance(profile, dict) or not all(isinstance(given, dict | None) for given in profile.values()):
@@ -108,20 +129,17 @@ def read_profile(place: Place) -> dict[str, dict[str, Any]]:
         if stem not in notebooks(place.root):
             problems.append(f"{path}: there is no notebook {stem!r}. There are: {', '.join(notebooks(place.root))}.")
             continue
-        plan[stem], declared = {}, papermill.inspect_notebook(place.notebook(stem))
-        for name, value in (given or {}).items():
-            try:
-                if name == "results":
-                    raise ValueError("is set by build.py. Leave it out.")
-                if name not in declared:
-                    raise ValueError(f"is not a parameter of this notebook. It has: {', '.join(declared) or 'none'}.")
-                if value == "" and declared[name]["default"] not in ('""', "''"):
-                    raise ValueError("should not be empty. Found ''.")
-                if isinstance(value, str):
-                    value = value.replace("{results}", folder)
-                plan[stem][name] = coerce(value, declared[name]["inferred_type_name"])
-            except ValueError as error:
-                problems.append(f"{path}, {stem}: `{name}` {error}")
+        declared, found = papermill.inspect_notebook(place.notebook(stem)), []
+        values = {n: v.replace("{results}", folder) if isinstance(v, str) else v for n, v in (given or {}).items()}
+        for name in values:
+            if name == "results":
+                found.append("`results` is set by build.py. Leave it out.")
+            elif name not in declared:
+                found.append(f"`{name}` is not a parameter of this notebook. It has: {', '.join(declared) or 'none'}.")
+        kinds = {name: declared[name]["inferred_type_name"] for name in values if name in declared}
+        found += parameter_problems(kinds, values, lower_bounds(place.notebook(stem)))
+        problems += [f"{path}, {stem}: {problem}" for problem in found]
+        plan[stem] = values
         if "results" in declared:
             plan[stem]["results"] = folder
     if problems:
@@ -176,8 +194,9 @@ def fingerprint(place: Place, stem: str, parameters: dict[str, Any]) -> dict[str
 
 def run_notebook(place: Place, stem: str, parameters: dict[str, Any]) -> None:
     """Run one notebook with this interpreter's kernel; BuildError names the cell that failed."""
-    output = place.executed(stem)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    executed = place.executed(stem)
+    output = executed.with_name(f".{stem}.part.ipynb")  # papermill writes after each cell
+    executed.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(
             place.notebook(stem), output, parameters, kernel_name="python3", progress_bar=False,
@@ -193,6 +212,7 @@ def run_notebook(place: Place, stem: str, parameters: dict[str, Any]) -> None:
             what = f"{error.ename}: {error.evalue}"
             print(error, file=sys.stderr)  # the traceback
         raise BuildError(f"{stem}, cell {number}: {what}\nThe notebook as far as it came: {output}") from None
+    output.replace(executed)
 
 
 def build(profile: str, only: str | None = None, root: Path = ROOT) -> Path | None:
@@ -231,14 +251,15 @@ def run(place: Place, plan: dict[str, dict[str, Any]], todo: list[str]) -> dict[
         check_results(place.results, results_of(ran), ran, rerun=stem)
         before = {path: path.stat().st_mtime_ns for path in raw_results(place.results)}
         cached = cached_stacks()
-        started, start = now(), time.monotonic()
+        started, start, of_what = now(), time.monotonic(), fingerprint(place, stem, plan[stem])
         run_notebook(place, stem, plan[stem])
         ran[stem] = {
-            **fingerprint(place, stem, plan[stem]),
+            **of_what,
             "defaults": {name: text for name, text in defaults(place, stem).items() if name not in plan[stem]},
             "started": started,
             "seconds": round(time.monotonic() - start, 1),
             "stacks_trained": cached_stacks() - cached,
+            "executed_sha256": sha256(place.executed(stem)),
             "results": {
                 path.name: sha256(path)
                 for path in raw_results(place.results)
@@ -257,6 +278,8 @@ def write_page(place: Place, plan: dict[str, dict[str, Any]], ran: dict[str, Any
         if {key: ran.get(stem, {}).get(key) for key in current} != current or not place.executed(stem).exists():
             print(f"No page yet: {stem} has to run with its present source, parameters and sgsc_lib.py first.")
             return None
+        if problem := result_problem(place.executed(stem), ran[stem]["executed_sha256"]):
+            raise BuildError(f"{problem} Make it anew: {command(place.profile, stem)}")
     manifest = read_manifest(place.results)
     check_results(place.results, manifest["results"], ran)
     for path in raw_results(place.results):
@@ -265,9 +288,9 @@ def write_page(place: Place, plan: dict[str, dict[str, Any]], ran: dict[str, Any
     data = [place.results / name for name in [*manifest["results"], "manifest.json"]]
     claims = place.results / "claims.csv"
     html = render({stem: place.executed(stem) for stem in plan}, manifest, data, findings(claims))
-    write_text(html, place.page)
     if place.profile == "full" and (place.root / "README.md").exists():
         update_readme(place.root, place.results)
+    write_text(html, place.page)
     print(f"{place.page}: {len(html.encode()) / 1e6:.2f} MB")
     return place.page
 

@@ -25,7 +25,7 @@ from jinja2 import pass_context
 from nbconvert import HTMLExporter
 from nbconvert.filters import markdown2html_pandoc
 from nbconvert.preprocessors import Preprocessor
-from summary import duration, forest_figure
+from summary import forest_figure
 
 TEMPLATE = Path(__file__).resolve().parent / "template"
 UPLOT = TEMPLATE / "uplot-1.6.32"  # as the npm registry has it: 50 kB with bands and log scales, where others take 200
@@ -39,6 +39,12 @@ REFERENCES = ("", "Figure", "Table", "Equation")  # a link with one of these tex
 
 class BuildError(Exception):
     """A build that cannot go on, worded for the person who can mend it."""
+
+
+def duration(seconds: float) -> str:
+    """Return e.g. '48 s' or '3 min 20 s'."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def merge(executed: dict[str, Path]) -> nbformat.NotebookNode:

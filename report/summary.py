@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -255,34 +254,14 @@ def forest_figure(comparisons_csv: Path) -> str:
     )
 
 
-def duration(seconds: float) -> str:
-    """Return e.g. '48 s' or '3 min 20 s'."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def time_taken(manifest: Mapping) -> str:
-    """A sentence: how long the notebooks took, on what, and how much of it was read from the cache."""
-    parts = (f"{stem} {duration(ran['seconds'])}" for stem, ran in manifest["notebooks"].items())
-    trained = sum(ran["stacks_trained"] for ran in manifest["notebooks"].values())
-    machine = manifest["machine"]
-    return (
-        f"The notebooks took {duration(manifest['seconds'])} ({', '.join(parts)}) on {machine['cpu']}, "
-        f"{machine['cores']} cores. They trained {trained:,} stacks of runs; any other came from the cache of an "
-        "earlier build."
-    )
-
-
 def readme(text: str, results: Path) -> tuple[str, str]:
     """The README with what the results say between its marks, and its figure as SVG, white behind for a dark page."""
     svg, caption, alt = forest(results / "comparisons.csv", facecolor="white", transparent=False)
     picture = f'<img src="{FIGURE}" alt="{html.escape(alt)}">\n\n{caption}'
     sentences, tables = findings(results / "claims.csv").split("\n\n", 1)
-    manifest = json.loads((results / "manifest.json").read_text(encoding="utf-8"))
-    for name, block in (("findings", f"{sentences}\n\n{picture}\n\n{tables}"), ("time", time_taken(manifest))):
-        before, begin, rest = re.split(f"(<!-- {name}: .*? -->\n)", text, maxsplit=1)
-        text = f"{before}{begin}{block}\n<!-- /{name} -->{rest.split(f'<!-- /{name} -->', 1)[1]}"
-    return text, svg
+    before, begin, rest = re.split("(<!-- findings: .*? -->\n)", text, maxsplit=1)
+    after = rest.split("<!-- /findings -->", 1)[1]
+    return f"{before}{begin}{sentences}\n\n{picture}\n\n{tables}\n<!-- /findings -->{after}", svg
 
 
 def update_readme(root: Path, results: Path) -> None:

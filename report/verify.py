@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from build import Place, defaults
+from build import Place
 from manifest import LIBRARY, ROOT, check_results, command, read_manifest, sha256
 from page import BuildError
 
@@ -33,9 +33,11 @@ ACCURACIES = ["final_test_accuracy", "final_valid_accuracy", "fresh_accuracy"]
 
 
 def settings_of(place: Place, stem: str, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return all parameters with which the notebook ran: those of the profile, the notebook's own for the rest."""
-    own = {name: ast.literal_eval(text) for name, text in defaults(place, stem).items()}
-    return own | manifest["notebooks"][stem]["parameters"]
+    """Return all parameters with which the notebook ran; BuildError where the results lack it."""
+    if stem not in manifest["notebooks"]:
+        raise BuildError(f"{stem} has not run in {place.results}. Make it: {command(place.profile)}")
+    ran = manifest["notebooks"][stem]
+    return {name: ast.literal_eval(text) for name, text in ran["defaults"].items()} | ran["parameters"]
 
 
 def runs_of(table: pd.DataFrame) -> list[Run]:

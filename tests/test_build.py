@@ -123,6 +123,18 @@ def test_values_arrive_as_their_declared_types(toy):
     assert type(plan["rates"][0]) is float
 
 
+def test_bounds_that_a_notebook_sets_are_checked_before_any_runs_and_a_key_twice_is_refused(toy, capsys):
+    check = code("check_parameters(globals(), n_seeds=3, arm=0)")
+    root = toy("01_one: {n_seeds: 2, lr: -0.1, arm: ''}")
+    write_notebook(root / "notebooks" / "01_one.ipynb", "# One", PARAMETERS, check)
+    assert build.main(["--profile", "smoke"], root) == 1
+    error = capsys.readouterr().err
+    assert "`n_seeds` should be ≥ 3. Found 2." in error and "`lr` should be ≥ 0. Found -0.1." in error
+    assert "`arm`" not in error and not (root / "report" / "executed").exists()
+    assert build.main(["--profile", "smoke"], toy("01_one: {n_seeds: 3, lr: 0.1, n_seeds: 4}")) == 1
+    assert "n_seeds twice" in capsys.readouterr().err
+
+
 def test_a_copied_profile_reads_its_own_results_and_not_the_first_ones(toy):
     for name in ("smoke", "mine"):
         root = toy("01_one: {arm: '{results}/tuned.csv'}", name)
@@ -273,6 +285,45 @@ def test_rendering_twice_gives_the_same_page(made):
     manifest, results = build.read_manifest(place.results), build.raw_results(place.results)
     pages = {page.render(executed, manifest, results) for _ in range(2)}
     assert len(pages) == 1
+
+
+def test_an_executed_notebook_that_was_left_half_done_or_altered_never_becomes_the_page(made, capsys, monkeypatch):
+    root, _ = made
+    place, run_it = build.Place("smoke", root), build.papermill.execute_notebook
+    before, executed = place.page.read_bytes(), place.executed("01_first").read_bytes()
+
+    def interrupted(*args, **kwargs):
+        run_it(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build.papermill, "execute_notebook", interrupted)
+    assert build.main(["--profile", "smoke", "--only", "01"], root) == 130
+    monkeypatch.undo()
+    assert place.page.read_bytes() == before and place.executed("01_first").read_bytes() == executed
+    place.executed("01_first").write_bytes(executed.replace(b'"cell_type": "code"', b'"cell_type": "raw"', 1))
+    assert build.main(["--profile", "smoke", "--only", "02"], root) == 1
+    error = capsys.readouterr().err
+    assert f"{place.executed('01_first')} is not what manifest.json says" in error and "--only 01_first" in error
+    assert place.page.read_bytes() == before
+    place.executed("01_first").write_bytes(executed)
+    assert build.main(["--profile", "smoke", "--only", "02"], root) == 0
+
+
+def test_a_notebook_edited_while_it_runs_is_out_of_date(made, capsys):
+    root, _ = made
+    place = build.Place("smoke", root)
+    source, run_it = place.notebook("02_second").read_text(), build.run_notebook
+    with pytest.MonkeyPatch.context() as patch:
+
+        def edited(*args):
+            run_it(*args)
+            place.notebook("02_second").write_text(source.replace("# Second", "# Second, edited"))
+
+        patch.setattr(build, "run_notebook", edited)
+        assert build.main(["--profile", "smoke", "--only", "02"], root) == 0
+    assert "No page yet: 02_second has to run" in capsys.readouterr().out
+    place.notebook("02_second").write_text(source)
+    assert build.main(["--profile", "smoke", "--only", "02"], root) == 0
 
 
 def test_only_runs_one_notebook_and_never_mixes_runs(made, capsys):

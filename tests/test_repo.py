@@ -127,7 +127,7 @@ def test_the_readmes_layer_and_gate_work():
         sgsc_lib.GATES.pop("majority", None)
 
 
-def test_the_readmes_findings_figure_and_time_are_those_of_the_committed_results():
+def test_the_readmes_findings_and_figure_are_those_of_the_committed_results():
     text = (ROOT / "README.md").read_text()
     assert summary.readme(text, FULL) == (text, (ROOT / summary.FIGURE).read_text())
 

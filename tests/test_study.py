@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import random
 
 import joblib
 import numpy as np
@@ -416,6 +417,72 @@ def test_a_damaged_journal_is_refused_by_name(small, tmp_path):
     journal.write_bytes(b"".join([*lines[:3], b'{"broken\n', *lines[4:]]))
     with pytest.raises(RuntimeError, match=r"storage can't be read.*Delete .*test\.journal"):
         search(small, tmp_path, n_trials=2)
+
+
+def journal_of(folder):
+    (journal,) = folder.rglob("*.journal")
+    return journal
+
+
+def test_a_bit_of_a_journal_that_flipped_is_noticed_wherever_it_is(small, tmp_path):
+    whole = search(small, tmp_path, n_trials=2)
+    journal, at = journal_of(tmp_path), random.Random(0)
+    written = journal.read_bytes()
+    for _ in range(25):
+        byte = at.randrange(len(written))
+        journal.write_bytes(written[:byte] + bytes([written[byte] ^ 1 << at.randrange(8)]) + written[byte + 1 :])
+        with pytest.raises(RuntimeError, match=r"not what its seal says.*Delete .*test\.journal"):
+            search(small, tmp_path, n_trials=2)
+    journal.write_bytes(written[:-9])
+    with pytest.raises(RuntimeError, match="not what its seal says: truncated"):
+        search(small, tmp_path, n_trials=2)
+    journal.unlink()  # as the error says
+    pd.testing.assert_frame_equal(search(small, tmp_path, n_trials=2), whole, check_exact=True)
+
+
+def test_a_line_that_a_power_cut_left_unfinished_is_cut_off(small, tmp_path):
+    whole = search(small, tmp_path / "whole")
+    part = search(small, tmp_path / "stopped", n_trials=3)
+    journal = journal_of(tmp_path / "stopped")
+    with open(journal, "ab") as file:
+        file.write(b'{"op_code": 4, "worker_id": "half a li')
+    pd.testing.assert_frame_equal(search(small, tmp_path / "stopped", n_trials=3), part, check_exact=True)
+    assert journal.read_bytes().endswith(b"\n")
+    pd.testing.assert_frame_equal(search(small, tmp_path / "stopped"), whole, check_exact=True)
+
+
+def test_two_searches_on_one_journal_take_turns(small, tmp_path):
+    whole = search(small, tmp_path / "whole")
+    both = joblib.Parallel(n_jobs=2)(joblib.delayed(search)(small, tmp_path / "both") for _ in range(2))
+    for each in both:
+        pd.testing.assert_frame_equal(each, whole, check_exact=True)
+
+
+def test_processes_on_one_database_ask_with_seeds_of_their_own(monkeypatch):
+    assert sgsc_lib._sampler_seed(2, 3, shared=False) == 2003
+    seeds = set()
+    for machine, process in itertools.product(("one", "two"), range(50)):
+        monkeypatch.setattr(sgsc_lib.platform, "node", lambda machine=machine: machine)
+        monkeypatch.setattr(sgsc_lib.os, "getpid", lambda process=process: process)
+        seeds |= {sgsc_lib._sampler_seed(study, n, shared=True) for study in range(3) for n in range(5)}
+    assert len(seeds) == 2 * 50 * 15
+
+
+def test_trials_without_validation_rows_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`data` should have validation rows"):
+        search(load_mnist1d(100, valid_fraction=0.0), tmp_path)
+
+
+def test_a_worker_with_another_engine_is_refused():
+    with pytest.raises(RuntimeError, match="A worker should have the sgsc_lib and the torch of the process that calls"):
+        sgsc_lib._by_same_engine(["another", torch.__version__])
+
+
+def test_a_cached_entry_of_another_kind_is_computed_again(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sgsc_lib, "_sealed", functools.wraps(sgsc_lib._sealed)(lambda key, compute: 1.5))
+    with pytest.raises(TypeError):
+        sgsc_lib.cached(tmp_path, "one", lambda: {"zeros": np.zeros(2)})
+    assert "is damaged: training it again" in capfd.readouterr().err
 
 
 def test_processes_that_share_a_database_share_the_trials(small, tmp_path):
