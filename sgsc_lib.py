@@ -1366,8 +1366,8 @@ def _seal(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _sealed(key: str, compute: Callable[[], dict[str, np.ndarray]]) -> tuple[dict[str, np.ndarray], str]:
-    """What is cached: named arrays and their seal."""
+def _sealed_stack(key: str, compute: Callable[[], dict[str, np.ndarray]]) -> tuple[dict[str, np.ndarray], str]:
+    """What is cached: a stack's arrays and their seal. `key` says what `compute` computes."""
     arrays = compute()
     return arrays, _seal(arrays)
 
@@ -1386,7 +1386,7 @@ def cached(folder: Path, key: str, compute: Callable[[], dict[str, np.ndarray]])
     [0.0, 0.0]
     """
     os.makedirs(folder, mode=0o700, exist_ok=True)
-    recall = joblib.Memory(folder, verbose=0).cache(_sealed, ignore=["compute"])
+    recall = joblib.Memory(folder, verbose=0).cache(_sealed_stack, ignore=["compute"])
     entry = recall(key, compute)
     if not _intact(entry):
         print(f"An entry of the cache in {folder} is damaged: training it again.", file=sys.stderr, flush=True)

@@ -479,7 +479,7 @@ def test_a_worker_with_another_engine_is_refused():
 
 
 def test_a_cached_entry_of_another_kind_is_computed_again(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(sgsc_lib, "_sealed", functools.wraps(sgsc_lib._sealed)(lambda key, compute: 1.5))
+    monkeypatch.setattr(sgsc_lib, "_sealed_stack", functools.wraps(sgsc_lib._sealed_stack)(lambda key, compute: 1.5))
     with pytest.raises(TypeError):
         sgsc_lib.cached(tmp_path, "one", lambda: {"zeros": np.zeros(2)})
     assert "is damaged: training it again" in capfd.readouterr().err
