@@ -33,6 +33,7 @@ import os
 import platform
 import sys
 import textwrap
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -1503,7 +1504,7 @@ def train(
 
     threads = torch.get_num_threads()
     try:
-        with _backend(scheduler, n_jobs, len(stacks)):
+        with on_workers(scheduler, n_jobs, len(stacks)):
             results = joblib.Parallel(return_as="generator")(map(job, stacks))
             results = list(with_progress(results, len(stacks), progress))
     finally:
@@ -1552,10 +1553,16 @@ def _engine_version() -> list[str]:
 
 
 @contextmanager
-def _backend(scheduler: str, n_jobs: int, n_tasks: int) -> Iterator[None]:
-    """Where joblib runs what it is given: processes on this machine, or the workers of a Dask scheduler."""
+def on_workers(scheduler: str, n_jobs: int, n_tasks: int) -> Iterator[None]:
+    """Where joblib runs what it is given: processes on this machine, or the workers of a Dask scheduler.
+
+    >>> with on_workers("", n_jobs=1, n_tasks=2):
+    ...     joblib.Parallel()(joblib.delayed(abs)(k) for k in (-1, -2))
+    [1, 2]
+    """
     if not scheduler:
-        with joblib.parallel_config(n_jobs=min(joblib.effective_n_jobs(n_jobs), n_tasks)):
+        own = {"initializer": _end_with, "initargs": (os.getpid(),)}
+        with joblib.parallel_config("loky", n_jobs=min(joblib.effective_n_jobs(n_jobs), n_tasks), **own):
             yield
         return
     from distributed import Client  # only a cluster needs it
@@ -1569,6 +1576,20 @@ def _backend(scheduler: str, n_jobs: int, n_tasks: int) -> Iterator[None]:
         ) from None
     with client, joblib.parallel_config("dask", client=client, n_jobs=-1):
         yield
+
+
+def _end_with(parent: int) -> None:
+    """Have this worker end when the process that it works for is gone.
+
+    A worker whose parent was killed in the middle of handing it a task would wait for the rest of it for ever.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def with_progress(items: Iterable, total: int, label: str | None) -> Iterator:
@@ -1769,7 +1790,7 @@ def check_services(*, storage: str = "", scheduler: str = "") -> None:
     if storage:
         _database(storage)
     if scheduler:
-        with _backend(scheduler, 1, 1):
+        with on_workers(scheduler, 1, 1):
             pass
 
 

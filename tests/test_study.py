@@ -3,7 +3,11 @@
 import functools
 import itertools
 import math
+import os
 import random
+import subprocess
+import sys
+import time
 
 import joblib
 import numpy as np
@@ -466,6 +470,28 @@ def test_processes_on_one_database_ask_with_seeds_of_their_own(monkeypatch):
         monkeypatch.setattr(sgsc_lib.os, "getpid", lambda process=process: process)
         seeds |= {sgsc_lib._sampler_seed(study, n, shared=True) for study in range(3) for n in range(5)}
     assert len(seeds) == 2 * 50 * 15
+
+
+def test_a_worker_ends_with_the_process_it_works_for():
+    """Even one that waits for the rest of a task, as after a kill in the middle of handing it over."""
+    worker = (
+        "import os, sys, sgsc_lib as s; s._end_with(os.getppid()); print(os.getpid(), flush=True); sys.stdin.read()"
+    )
+    script = (
+        "import os, subprocess, sys, time\n"
+        f"worker = subprocess.Popen([sys.executable, '-c', {worker!r}], stdin=-1, stdout=-1)\n"
+        "os.set_inheritable(worker.stdin.fileno(), True)\n"
+        "print(int(worker.stdout.readline()), flush=True)\n"
+        "subprocess.Popen(['sleep', '20'], close_fds=False)  # holds the pipe open: no end of file comes\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    deadline = time.monotonic() + 15
+    while os.path.exists(f"/proc/{worker}") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not os.path.exists(f"/proc/{worker}")
 
 
 def test_trials_without_validation_rows_are_refused(tmp_path):
