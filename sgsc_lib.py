@@ -529,6 +529,34 @@ def sums_of(gate: Gate) -> list[str]:
     return [parameter.name for parameter in kinds if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
 
 
+def check_gate(name: str, gate: Gate) -> None:
+    """Raise TypeError or ValueError where a gate is not one: by its signature, and by what it makes of a small batch.
+
+    >>> check_gate("half", lambda sign: sign / 2)
+    Traceback (most recent call last):
+    TypeError: The gate 'half' should have the keywords `batch_size` and `gamma`, used or not. Found (sign).
+    """
+    signature = inspect.signature(gate)
+    keywords = {p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
+    if not {"batch_size", "gamma"} <= keywords:
+        raise TypeError(
+            f"The gate {name!r} should have the keywords `batch_size` and `gamma`, used or not. Found {signature}."
+        )
+    if unknown := set(sums_of(gate)) - {"total", *SUMS}:
+        raise ValueError(
+            f"The sums of the gate {name!r} should be of {', '.join(['total', *SUMS])}. Found {', '.join(unknown)}."
+        )
+    g = torch.randn(8, 2, 3, 4, generator=torch.Generator().manual_seed(0))  # [B, R, *shape]
+    sums = [g.sum(0) if kind == "total" else SUMS[kind](g).sum(0) for kind in sums_of(gate)]
+    gamma = torch.full((2,), 0.5, dtype=torch.float64)
+    both, first = (gate(*(s[:runs] for s in sums), batch_size=8, gamma=gamma[:runs]) for runs in (2, 1))
+    found = tuple(both.shape) if isinstance(both, Tensor) else type(both).__name__
+    if found != (2, 3, 4):
+        raise ValueError(f"The gate {name!r} should return [R, *shape], here (2, 3, 4). Found {found}.")
+    if not torch.allclose(both[:1], first):
+        raise ValueError(f"The gate {name!r} should not mix runs: reduce over the axes after the first only.")
+
+
 # ======================================================================================================================
 # SGSC on any model
 # ======================================================================================================================
@@ -627,7 +655,8 @@ def convolution_rule(module: Any, inputs: Tensor, errors: Tensor) -> dict[str, t
 def per_sample_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Rule for any layer that maps one tensor to one tensor, sample by sample: the layer's own per-sample gradients,
     by vmap, a chunk at a time. `SGSC.rules[MyLayer] = per_sample_rule` makes it serve a layer of one's own. It covers
-    the parameters that the layer itself owns; the layers inside it need rules of their own.
+    the parameters that the layer itself owns; the layers inside it need rules of their own. The layer is run again, so
+    that it must compute the same each time: ValueError for a random operation in it.
 
     >>> per_sample_rule(nn.LayerNorm(2), torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 1.0]]))["weight"]
     (tensor([-1.,  1.]), tensor(2))
@@ -642,11 +671,20 @@ def per_sample_rule(module: nn.Module, inputs: Tensor, errors: Tensor) -> dict[s
         output = torch.func.functional_call(module, parameters | rest, (a.unsqueeze(0),))
         return (output * delta).sum()  # its gradient is the layer's vector-Jacobian product with δ_i
 
-    gradient = torch.func.vmap(torch.func.grad(inner_product), in_dims=(None, 0, 0), randomness="different")
+    gradient = torch.func.vmap(torch.func.grad(inner_product), in_dims=(None, 0, 0), randomness="error")
     sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
     active = {name: torch.zeros((), dtype=torch.int64, device=p.device) for name, p in parameters.items()}
     for part in _chunks(inputs, errors, sum(p.numel() for p in parameters.values())):
-        for name, per_sample in gradient(parameters, inputs[part], errors[part]).items():
+        try:
+            per_samples = gradient(parameters, inputs[part], errors[part])
+        except RuntimeError as error:
+            if "random" not in str(error):
+                raise
+            raise ValueError(
+                f"{type(module).__name__} should compute the same whenever it is run. Found a random operation in it: "
+                "put that into a layer of its own, such as nn.Dropout."
+            ) from error
+        for name, per_sample in per_samples.items():
             sums[name] += _sign_sum(per_sample)
             active[name] += per_sample.count_nonzero()
     return {name: (sums[name], active[name]) for name in sums}
@@ -738,9 +776,20 @@ class SGSC:
                 first_owner[parameter] = name
             if not trainable:
                 continue
+            if isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention):
+                reason = "it does not map one tensor to one tensor, so that no rule can serve it"
+                refuse(name, module, reason, f"Freeze its parameters. {reference}")
             if type(module) not in self.rules:
-                way_out = f"Freeze its parameters, or add a rule: SGSC.rules[{type(module).__name__}] = per_sample_rule"
-                refuse(name, module, f"no rule for it, and it owns {sorted(trainable)}", f"{way_out}. {reference}")
+                way_out = f"add a rule: SGSC.rules[{type(module).__name__}] = per_sample_rule"
+                if any(True for _ in module.children()):
+                    way_out = "move them into a layer of their own, and add a rule for that"
+                refuse(
+                    name,
+                    module,
+                    f"no rule for it, and it owns {sorted(trainable)}",
+                    f"Freeze its parameters, or, if it maps one tensor to one tensor, sample by sample, {way_out}. "
+                    f"{reference}",
+                )
             if any(not p.is_floating_point() for p in owned.values()):
                 refuse(name, module, "its parameters are not real floating-point numbers", reference)
             if _is_torchs_own(module) and not owned.keys() <= {"weight", "bias"}:  # the older weight and spectral norm
@@ -1488,6 +1537,8 @@ def train(
     groups: dict[Any, list[int]] = {}  # a stack shares placement, control and gate; without a gate none of them matters
     for r, run in enumerate(runs):
         groups.setdefault((run.placement, run.control, run.gate) if run.gamma else None, []).append(r)
+    for name in {run.gate for run in runs if run.gamma} & GATES.keys():
+        check_gate(name, GATES[name])
     stacks = [group[i : i + stack_size] for group in groups.values() for i in range(0, len(group), stack_size)]
 
     engine = _engine_version()

@@ -1034,3 +1034,33 @@ def test_two_samples_do_not_need_memory_for_the_vocabulary():
         loss_of(model, x, y).backward()
     assert max(largest) == 1000 * 4  # the gradient and the sums; B of them would be 8,000
     assert (sgsc.consistency()["0.weight"] > 0).any()
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM(4, 4), nn.GRUCell(4, 4), nn.MultiheadAttention(4, 1)])
+def test_layers_that_no_rule_can_serve_say_so(layer):
+    with pytest.raises(
+        ValueError, match=r"does not map one tensor to one tensor, so that no rule can serve it\. Freeze"
+    ):
+        SGSC(nn.Sequential(layer), gamma=0.5)
+
+
+def test_a_bare_parameter_beside_layers_is_sent_into_a_layer_of_its_own():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.scale = nn.Parameter(torch.ones(4))
+    with pytest.raises(ValueError, match="move them into a layer of their own"):
+        SGSC(model, gamma=0.5)
+
+
+def test_a_random_layer_is_refused_by_the_per_sample_rule(monkeypatch):
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return x * self.scale * (torch.rand_like(x) > 0.5)
+
+    monkeypatch.setitem(SGSC.rules, Noisy, sgsc_lib.per_sample_rule)
+    model = nn.Sequential(nn.Linear(4, 4), Noisy())
+    with SGSC(model, gamma=0.5), pytest.raises(ValueError, match="Noisy should compute the same whenever it is run"):
+        model(torch.ones(3, 4)).sum().backward()

@@ -494,6 +494,22 @@ def test_a_worker_ends_with_the_process_it_works_for():
     assert not os.path.exists(f"/proc/{worker}")
 
 
+@pytest.mark.parametrize(
+    ("gate", "error", "message"),
+    [
+        (lambda sign, *, batch_size: sign, TypeError, "keywords `batch_size` and `gamma`"),
+        (lambda sign, batch_size, gamma: sign, TypeError, "keywords `batch_size` and `gamma`"),
+        (lambda cube, *, batch_size, gamma: cube, ValueError, "should be of total, sign, .* Found cube"),
+        (lambda sign, *, batch_size, gamma: sign.mean(), ValueError, r"should return \[R, \*shape\].* Found \(\)"),
+        (lambda sign, *, batch_size, gamma: sign - sign.mean(), ValueError, "should not mix runs"),
+    ],
+)
+def test_what_is_no_gate_is_refused_before_any_training(small, monkeypatch, gate, error, message):
+    monkeypatch.setitem(sgsc_lib.GATES, "mine", gate)
+    with pytest.raises(error, match=message):
+        train([Run(0, 0.1, 1.0, gate="mine")], small, n_jobs=1, **SHORT)
+
+
 def test_trials_without_validation_rows_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`data` should have validation rows"):
         search(load_mnist1d(100, valid_fraction=0.0), tmp_path)
