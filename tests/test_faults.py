@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import build
@@ -154,17 +154,19 @@ def kill_and_complete(root: Path, profile: str, expected: dict[str, bytes], leng
                 shutil.rmtree(root / ".cache", ignore_errors=True)
                 shutil.rmtree(root / "report" / "results", ignore_errors=True)
             process = start_build(root, "--profile", profile)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.communicate(timeout=moment)
-            except subprocess.TimeoutExpired:
+            for pid in processes_of(root) if k % 4 > 1 else [process.pid] * (process.poll() is None):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.communicate()
+            if page.read_bytes() == before:
+                assert process.returncode == -signal.SIGKILL
                 break
-            moment /= 2  # the build was over, as the machine is quicker now: again, and earlier
+            # The build had come to its end, as the machine is quicker now: its page is whole. Again, and earlier.
+            assert page.read_text().rstrip().endswith("</html>")
+            moment /= 2
             page.write_bytes(before)
-        for pid in processes_of(root) if k % 4 > 1 else [process.pid]:
-            os.kill(pid, signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        assert page.read_bytes() == before
         start = time.monotonic()
         exit_code, output = run_build(root, "--profile", profile)
         assert exit_code == 0, f"after a kill at {moment:.1f} s:\n{output[-4000:]}"

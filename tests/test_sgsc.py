@@ -1038,9 +1038,7 @@ def test_two_samples_do_not_need_memory_for_the_vocabulary():
 
 @pytest.mark.parametrize("layer", [nn.LSTM(4, 4), nn.GRUCell(4, 4), nn.MultiheadAttention(4, 1)])
 def test_layers_that_no_rule_can_serve_say_so(layer):
-    with pytest.raises(
-        ValueError, match=r"so that no rule can serve it\. Freeze its parameters"
-    ):
+    with pytest.raises(ValueError, match=r"so that no rule can serve it\. Freeze its parameters"):
         SGSC(nn.Sequential(layer), gamma=0.5)
 
 
