@@ -782,7 +782,7 @@ class SGSC:
             if type(module) not in self.rules:
                 way_out = f"add a rule: SGSC.rules[{type(module).__name__}] = per_sample_rule"
                 if any(True for _ in module.children()):
-                    way_out = "move them into a layer of their own, and add a rule for that"
+                    way_out += ", or move them into a layer of their own"
                 refuse(
                     name,
                     module,
@@ -1851,14 +1851,14 @@ def _database(url: str) -> optuna.storages.RDBStorage:
     from optuna.storages import RDBStorage
     from sqlalchemy.exc import SQLAlchemyError
 
-    for wait in (1, 2, 4, None):
-        try:
+    for wait in (1, 2, 4):
+        with suppress(SQLAlchemyError):  # processes that make an empty database's tables at once collide
             return RDBStorage(url)
-        except SQLAlchemyError as error:  # processes that make an empty database's tables at once collide
-            if wait is None:  # the URL stays out of the message: it may hold a password
-                raise ValueError(f"`storage` should be the URL of a database that can be opened: {error}") from error
-            time.sleep(wait)
-    raise AssertionError("unreachable")
+        time.sleep(wait)
+    try:
+        return RDBStorage(url)
+    except SQLAlchemyError as error:  # the URL stays out of the message: it may hold a password
+        raise ValueError(f"`storage` should be the URL of a database that can be opened: {error}") from error
 
 
 def _ask(

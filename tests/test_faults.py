@@ -180,7 +180,7 @@ def kill_and_complete(root: Path, profile: str, expected: dict[str, bytes], leng
 
 def test_a_killed_build_is_completed_by_the_next_one_byte_for_byte(toy, tmp_path):
     _, expected, length = toy
-    kill_and_complete(copy_repository(tmp_path, toy=True), "toy", expected, length, kills=1)
+    kill_and_complete(copy_repository(tmp_path, toy=True), "toy", expected, length, kills=2)
 
 
 @pytest.mark.faults
