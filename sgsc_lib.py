@@ -451,7 +451,7 @@ def align_runs(values: Tensor, like: Tensor) -> Tensor:
 def _share(part: Tensor, whole: Tensor, gamma: Tensor) -> Tensor:
     """(part / whole) ** γ with 0 / 0 = 0, and no more than 1 whatever the rounding; γ [R] for part [R, ...]."""
     share = torch.where(whole > 0, part / whole, 0.0).clamp_(max=1.0)
-    return share ** gamma.to(part.dtype).view(-1, *[1] * (part.ndim - 1))
+    return share ** align_runs(gamma, part)
 
 
 def sign_gate(sign: Tensor, *, batch_size: int, gamma: Tensor) -> Tensor:
@@ -499,8 +499,8 @@ def and_mask_gate(sign: Tensor, *, batch_size: int, gamma: Tensor) -> Tensor:
     >>> and_mask_gate(torch.tensor([[4.0, -1.0]]), batch_size=4, gamma=torch.tensor([0.5]))
     tensor([[2., 0.]])
     """
-    mask = (sign.abs() >= (gamma * batch_size).to(sign.dtype).view(-1, *[1] * (sign.ndim - 1))).to(sign.dtype)
-    return mask / (mask.flatten(1).mean(1) + 1e-10).view(-1, *[1] * (sign.ndim - 1))
+    mask = (sign.abs() >= align_runs(gamma * batch_size, sign)).to(sign.dtype)
+    return mask / align_runs(mask.flatten(1).mean(1) + 1e-10, mask)
 
 
 # A gate's parameter names say which sums it is made of ("total" or of `SUMS`), each [R, *shape]; γ is float64 [R].
@@ -549,7 +549,13 @@ def check_gate(name: str, gate: Gate) -> None:
     g = torch.randn(8, 2, 3, 4, generator=torch.Generator().manual_seed(0))  # [B, R, *shape]
     sums = [g.sum(0) if kind == "total" else SUMS[kind](g).sum(0) for kind in sums_of(gate)]
     gamma = torch.full((2,), 0.5, dtype=torch.float64)
-    both, first = (gate(*(s[:runs] for s in sums), batch_size=8, gamma=gamma[:runs]) for runs in (2, 1))
+    try:
+        both, first = (gate(*(s[:runs] for s in sums), batch_size=8, gamma=gamma[:runs]) for runs in (2, 1))
+    except RuntimeError as error:
+        raise ValueError(
+            f"The gate {name!r} should take sums [R, *shape], here (2, 3, 4), and `gamma` [R]; align_runs(gamma, sum) "
+            f"shapes that to broadcast. Found: {error}"
+        ) from error
     found = tuple(both.shape) if isinstance(both, Tensor) else type(both).__name__
     if found != (2, 3, 4):
         raise ValueError(f"The gate {name!r} should return [R, *shape], here (2, 3, 4). Found {found}.")
@@ -1296,18 +1302,17 @@ def adam_step_(
     """
     correction1, correction2 = 1 - BETA1**step, 1 - BETA2**step
     for k, (p, g, (m, v)) in enumerate(zip(parameters, gradients, moments, strict=True)):
-        per_run = (-1, *[1] * (p.ndim - 1))
         if weight_decay is not None:
-            p.mul_((1 - lr * weight_decay).to(p.dtype).view(per_run))
+            p.mul_(align_runs(1 - lr * weight_decay, p))
         m.lerp_(g, 1 - BETA1)
         v.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
         denominator = (v.sqrt() / correction2**0.5).add_(EPSILON)
-        update = m * (-lr / correction1).to(p.dtype).view(per_run)
+        update = m * align_runs(-lr / correction1, p)
         if gates is not None:
             update.mul_(gates[k])
         if cautious:
             agrees = (update * g < 0).to(p.dtype)
-            update.mul_(agrees / agrees.flatten(1).mean(1).clamp_(min=1e-3).view(per_run))
+            update.mul_(agrees / align_runs(agrees.flatten(1).mean(1).clamp_(min=1e-3), p))
         p.addcdiv_(update, denominator)
 
 
@@ -1319,7 +1324,7 @@ def _controlled(
         orders = [torch.stack([torch.randperm(g[0].numel(), generator=own) for own in generators]) for g in gates]
         return [g.flatten(1).gather(1, order).view_as(g) for g, order in zip(gates, orders, strict=True)]
     if control == "layer-mean":
-        return [g.flatten(1).mean(1).view(-1, *[1] * (g.ndim - 1)).expand_as(g) for g in gates]
+        return [align_runs(g.flatten(1).mean(1), g).expand_as(g) for g in gates]
     return first if control == "frozen" and first is not None else gates
 
 
@@ -1389,7 +1394,7 @@ def _train_stack(
                 gradients = [s.sign() for a, delta in layers for s in factored_sums(a, delta, torch.sign)]
             if relative == "vote" and placement == "after":  # signSGD: the votes are the update, without Adam
                 for p, votes in zip(parameters, gradients, strict=True):
-                    p.sub_(votes * rates.to(p.dtype).view(-1, *[1] * (p.ndim - 1)))
+                    p.sub_(votes * align_runs(rates, p))
             else:
                 adam_step_(parameters, gradients, moments, rates, step, gates, weight_decay, relative == "cautious")
             log["step_loss"].append(losses.detach())

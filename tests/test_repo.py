@@ -49,6 +49,9 @@ def test_every_parameter_has_a_type_a_default_and_help(path):
     for name, parameter in declared.items():
         assert parameter["inferred_type_name"] in {"int", "float", "str", "bool", "list[int]", "list[float]"}, name
         assert parameter["help"] and parameter["default"], name
+    checked = re.search(r"check_parameters\(globals\(\), (.*)\)", "\n".join(cell.source for cell in source.cells))
+    for name, least in re.findall(r"(\w+)=(\d+)", checked[1] if checked else ""):
+        assert int(least) < 2 or re.search(rf"(at least|a multiple of) {least}\b", declared[name]["help"]), name
 
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

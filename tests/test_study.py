@@ -502,6 +502,7 @@ def test_a_worker_ends_with_the_process_it_works_for():
         (lambda cube, *, batch_size, gamma: cube, ValueError, "should be of total, sign, .* Found cube"),
         (lambda sign, *, batch_size, gamma: sign.mean(), ValueError, r"should return \[R, \*shape\].* Found \(\)"),
         (lambda sign, *, batch_size, gamma: sign - sign.mean(), ValueError, "should not mix runs"),
+        (lambda sign, *, batch_size, gamma: sign * gamma, ValueError, r"`gamma` \[R\]; align_runs\(gamma, sum\)"),
     ],
 )
 def test_what_is_no_gate_is_refused_before_any_training(small, monkeypatch, gate, error, message):
