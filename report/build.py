@@ -35,6 +35,7 @@ from filelock import FileLock, Timeout
 from manifest import (
     LIBRARY,
     ROOT,
+    BuildError,
     cached_stacks,
     check_environment,
     check_results,
@@ -44,10 +45,11 @@ from manifest import (
     read_manifest,
     results_of,
     sha256,
+    training_of,
     write_manifest,
 )
 from nbclient.exceptions import DeadKernelError
-from page import BuildError, duration, render
+from page import duration, render
 from papermill.exceptions import PapermillExecutionError
 from summary import findings, update_readme
 from traitlets.config import Config
@@ -245,20 +247,24 @@ def run(place: Place, plan: dict[str, dict[str, Any]], todo: list[str]) -> dict[
         check_environment(place.results, manifest)
     begin = time.monotonic()
     for k, stem in enumerate(todo, 1):
-        expected = [previous.get(later, {}).get("seconds") for later in todo[k - 1 :]]
-        left = "" if None in expected else f", about {duration(sum(expected))} left"
+        known = all(later in previous for later in todo[k - 1 :])
+        expected = sum(training_of(previous[later])["seconds"] for later in todo[k - 1 :]) if known else 0
+        left = f", about {duration(expected)} left, less for what the cache holds" if known else ""
         print(f"[{k}/{len(todo)}] {stem}: {duration(time.monotonic() - begin)} so far{left}", flush=True)
         check_results(place.results, results_of(ran), ran, rerun=stem)
         before = {path: path.stat().st_mtime_ns for path in raw_results(place.results)}
         cached = cached_stacks()
         started, start, of_what = now(), time.monotonic(), fingerprint(place, stem, plan[stem])
         run_notebook(place, stem, plan[stem])
+        this = {"stacks": cached_stacks() - cached, "seconds": round(time.monotonic() - start, 1)}
+        same = [previous[stem]] if previous.get(stem, {}).get("parameters") == plan[stem] else []
         ran[stem] = {
             **of_what,
             "defaults": {name: text for name, text in defaults(place, stem).items() if name not in plan[stem]},
             "started": started,
-            "seconds": round(time.monotonic() - start, 1),
-            "stacks_trained": cached_stacks() - cached,
+            "seconds": this["seconds"],
+            "stacks_trained": this["stacks"],
+            "training": max([this, *map(training_of, same)], key=lambda run: run["stacks"]),
             "executed_sha256": sha256(place.executed(stem)),
             "results": {
                 path.name: sha256(path)

@@ -14,12 +14,15 @@ from typing import Any
 
 import pandas as pd
 import torch
-from page import BuildError
 
 from sgsc_lib import CACHE, DATA_SHA256, result_problem, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "sgsc_lib.py"
+
+
+class BuildError(Exception):
+    """A build that cannot go on, worded for the person who can mend it."""
 
 
 def sha256(path: Path) -> str:
@@ -40,10 +43,18 @@ def cached_stacks() -> int:
     return sum(1 for _ in CACHE.rglob("output.pkl"))
 
 
+def training_of(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the stacks and seconds of the build that trained most of a notebook's runs; others read the cache."""
+    return entry.get("training") or {"stacks": entry["stacks_trained"], "seconds": entry["seconds"]}
+
+
 def environment() -> dict[str, Any]:
     """Return what all results of a build are made with: data, versions, machine."""
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    file = Path("/proc/cpuinfo")
+    cpuinfo = dict(re.findall(r"^(.+?)\s*: (.+)", file.read_text(), re.MULTILINE)) if file.exists() else {}
+    # Models of one name differ in the vector instructions, and so in the last bits of a sum.
+    cpu = [cpuinfo.get("model name", platform.processor())]
+    cpu += [f"{key} {cpuinfo[key]}" for key in ("cpu family", "model") if key in cpuinfo]
     needs = [need for need in importlib.metadata.requires("sgsc") or [] if "extra ==" not in need]
     packages = sorted(re.split(r"[^\w.-]", need)[0] for need in needs)
     return {
@@ -52,7 +63,7 @@ def environment() -> dict[str, Any]:
         "packages": {name: importlib.metadata.version(name) for name in packages},
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
-            "cpu": model[1] if model else platform.processor(),
+            "cpu": ", ".join([*cpu, torch.backends.cpu.get_cpu_capability()]),
             "cores": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),

@@ -22,6 +22,7 @@ import pypandoc
 import yaml
 from bs4 import BeautifulSoup
 from jinja2 import pass_context
+from manifest import BuildError
 from nbconvert import HTMLExporter
 from nbconvert.filters import markdown2html_pandoc
 from nbconvert.preprocessors import Preprocessor
@@ -35,10 +36,6 @@ PANDOC = ["--mathml", "--shift-heading-level-by=1", "--wrap=none", "--syntax-hig
 TAGGED = re.compile(r"\$\$((?:(?!\$\$).)+?)\\tag\{([^}]+)\}((?:(?!\$\$).)*)\$\$", re.DOTALL)  # $$ ... \tag{2.1} ... $$
 NUMBER = re.compile(r"[-+−]?[\d,]+(\.\d+)?(e[-+]?\d+)?|–")  # a cell of a column that is set to the right
 REFERENCES = ("", "Figure", "Table", "Equation")  # a link with one of these texts gets the number of what it links to
-
-
-class BuildError(Exception):
-    """A build that cannot go on, worded for the person who can mend it."""
 
 
 def duration(seconds: float) -> str:

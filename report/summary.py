@@ -17,6 +17,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from manifest import read_manifest, training_of
 
 from sgsc_lib import write_text
 
@@ -259,9 +260,16 @@ def readme(text: str, results: Path) -> tuple[str, str]:
     svg, caption, alt = forest(results / "comparisons.csv", facecolor="white", transparent=False)
     picture = f'<img src="{FIGURE}" alt="{html.escape(alt)}">\n\n{caption}'
     sentences, tables = findings(results / "claims.csv").split("\n\n", 1)
-    before, begin, rest = re.split("(<!-- findings: .*? -->\n)", text, maxsplit=1)
-    after = rest.split("<!-- /findings -->", 1)[1]
-    return f"{before}{begin}{sentences}\n\n{picture}\n\n{tables}\n<!-- /findings -->{after}", svg
+    manifest = read_manifest(results)
+    minutes = sum(training_of(entry)["seconds"] for entry in manifest["notebooks"].values()) / 60
+    machine = f"{manifest['machine']['cores']} cores ({manifest['machine']['cpu']})"
+    for name, content in {
+        "findings": f"{sentences}\n\n{picture}\n\n{tables}",
+        "time": f"With an empty cache, `make report` took {minutes:.0f} minutes on {machine}.",
+    }.items():
+        before, begin, rest = re.split(f"(<!-- {name}: .*? -->\n)", text, maxsplit=1)
+        text = f"{before}{begin}{content}\n{rest[rest.index(f'<!-- /{name} -->') :]}"
+    return text, svg
 
 
 def update_readme(root: Path, results: Path) -> None:

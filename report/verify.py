@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from build import Place
-from manifest import LIBRARY, ROOT, check_results, command, read_manifest, sha256
-from page import BuildError
+from manifest import LIBRARY, ROOT, BuildError, check_results, command, read_manifest, sha256
 
 from sgsc_lib import Run, draw_mnist1d, load_mnist1d, train
 

@@ -193,6 +193,16 @@ def test_twenty_killed_smoke_builds_are_completed_byte_for_byte(tmp_path):
     kill_and_complete(copy_repository(tmp_path / "killed"), "smoke", expected, length, kills=20)
 
 
+def test_a_build_from_the_cache_gives_the_same_bytes_and_still_says_what_training_took(toy, tmp_path):
+    root, manifest = shutil.copytree(toy[0], tmp_path / "copy"), "report/results/toy/manifest.json"
+    exit_code, output = run_build(root, "--profile", "toy")
+    assert exit_code == 0 and csvs(root, "toy") == toy[1], output
+    first, again = (json.loads((folder / manifest).read_text())["notebooks"]["01_train"] for folder in (toy[0], root))
+    assert (first["stacks_trained"], again["stacks_trained"]) == (12, 0)
+    assert again["training"] == first["training"] == {"stacks": 12, "seconds": first["seconds"]}
+    assert "1/2] 01_train: 0 s so far, about " in output and "left, less for what the cache holds" in output
+
+
 def test_a_second_build_ends_at_once_and_a_terminated_one_leaves_the_page(tmp_path):
     root = copy_repository(tmp_path, toy=True)
     wait = "import time\nprint('waiting', flush=True)\ntime.sleep(120)"
