@@ -24,7 +24,7 @@ test: .venv/installed    ## the whole test suite
 	$(BIN)/ruff check . && $(BIN)/python -m pytest
 
 test-faults: .venv/installed  ## the long tests of what a build survives: kills, full disks, damaged files, lost workers
-	$(BIN)/python -m pytest -m faults
+	$(BIN)/python -m pytest -m faults -s
 
 lab: .venv/installed     ## JupyterLab on this machine alone, with a token, open at the playground
 	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/playground.ipynb
