@@ -386,7 +386,7 @@ BAD = [  # how it is given, notebook, parameters as YAML, what the error says
     ("-p", "01_derivation", "seed: -1", "`seed` should be ≥ 0. Found -1."),
     ("-p", "01_derivation", "epochs: many", "`epochs` should be an int. Found 'many'."),
     ("-p", "01_derivation", "batch_size: 5000", "`batch_size` should be ≤ 3200. Found 5000."),
-    ("-p", "01_derivation", "lr: nan", "`lr` should be a finite float. Found 'nan'."),
+    ("-p", "01_derivation", "lr: nan", "`lr` should be a finite float. Found nan."),
     ("-p", "01_derivation", "lr: 0", "`lr` should be > 0. Found 0"),
     ("-p", "02_tuning", "n_trial: 3", "`n_trial` is not a parameter of this notebook"),
     ("-p", "02_tuning", "map_seeds: 1", "`map_seeds` should be ≥ 2. Found 1."),
