@@ -1,7 +1,7 @@
 """What a build survives: being killed, a second build, a full disk, damaged files, bad parameters, lost workers.
 
 `make test` runs a short set, `make test-faults` the long one (marker `faults`). Everything happens in copies of the
-repository with caches of their own. Each test prints what it counted; `make test-faults` shows it, and so does `pytest -s`.
+repository with caches of their own. Each test prints what it counted: `make test-faults` shows it, and `pytest -s`.
 """
 
 import itertools
