@@ -1598,14 +1598,36 @@ def _by_same_engine(version: list[str], *stack: Any, **settings: Any) -> dict[st
     """`_train_stack`, by the code that asks for it: a worker elsewhere may have imported another."""
     if version != _engine_version():
         raise RuntimeError(
-            f"A worker should have the sgsc_lib and the torch of the process that calls it, {version}. "
-            f"Found {_engine_version()}: install the same on the workers, and start them again."
+            "A worker should have the sgsc_lib, the torch and the arithmetic of the process that calls it, "
+            f"{version}. Found {_engine_version()}: install the same on the workers, and start them with the same "
+            "ATEN_CPU_CAPABILITY, MKL_CBWR and ONEDNN_MAX_CPU_ISA."
         )
     return _train_stack(*stack, **settings)
 
 
 def _engine_version() -> list[str]:
-    return [hashlib.sha256(source_of(_train_stack).encode()).hexdigest(), torch.__version__]
+    return [hashlib.sha256(source_of(_train_stack).encode()).hexdigest(), torch.__version__, arithmetic()]
+
+
+@lru_cache
+def arithmetic() -> str:
+    """Fingerprint of how this process rounds: where two differ, the same runs end in other bits.
+
+    The width of a processor's vectors decides in which order a sum is taken, and PyTorch, oneDNN and MKL each choose
+    their instructions when they are first used. Some steps of training show the choice, whatever made it.
+
+    >>> len(arithmetic())
+    12
+    """
+    threads = torch.get_num_threads()
+    x, y = torch.randn(512, 40, generator=_stream(0, 1)), torch.arange(512) % 10
+    runs = [Run(seed, lr=0.01, gamma=0.25) for seed in range(8)]
+    settings: dict[str, Any] = {"epochs": 1, "batch_size": 128, "widths": (40, 128, 128, 10), "probe_size": 0}
+    try:
+        curves = _train_stack(runs, Dataset(*(x, y) * 3), None, GATES["sign"], evaluate_every=1, **settings)
+    finally:
+        torch.set_num_threads(threads)
+    return _seal(curves)[:12]
 
 
 @contextmanager

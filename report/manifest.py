@@ -15,10 +15,17 @@ from typing import Any
 import pandas as pd
 import torch
 
-from sgsc_lib import CACHE, DATA_SHA256, result_problem, write_text
+from sgsc_lib import CACHE, DATA_SHA256, arithmetic, result_problem, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "sgsc_lib.py"
+
+# Each of these libraries takes the widest vectors that the processor has, and so another order of a sum: runs drift
+# apart, searches end at other winners. AVX2 is what nearly every x86-64 has. Read at the libraries' first use.
+ARITHMETIC = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+if platform.machine() in ("x86_64", "AMD64"):
+    for variable, value in ARITHMETIC.items():
+        os.environ.setdefault(variable, value)
 
 
 class BuildError(Exception):
@@ -52,7 +59,6 @@ def environment() -> dict[str, Any]:
     """Return what all results of a build are made with: data, versions, machine."""
     file = Path("/proc/cpuinfo")
     cpuinfo = dict(re.findall(r"^(.+?)\s*: (.+)", file.read_text(), re.MULTILINE)) if file.exists() else {}
-    # Models of one name differ in the vector instructions, and so in the last bits of a sum.
     cpu = [cpuinfo.get("model name", platform.processor())]
     cpu += [f"{key} {cpuinfo[key]}" for key in ("cpu family", "model") if key in cpuinfo]
     needs = [need for need in importlib.metadata.requires("sgsc") or [] if "extra ==" not in need]
@@ -63,10 +69,11 @@ def environment() -> dict[str, Any]:
         "packages": {name: importlib.metadata.version(name) for name in packages},
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
-            "cpu": ", ".join([*cpu, torch.backends.cpu.get_cpu_capability()]),
+            "cpu": ", ".join(cpu),
             "cores": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
+            "arithmetic": arithmetic(),
+            **{name: os.environ.get(name, "not set") for name in ("OMP_NUM_THREADS", *ARITHMETIC)},
         },
     }
 
@@ -127,11 +134,11 @@ def check_results(folder: Path, results: dict[str, str], ran: dict[str, Any], re
 
 
 def check_environment(folder: Path, manifest: dict[str, Any]) -> None:
-    """Raise BuildError where the folder's results were made with other data, versions or on another CPU than this."""
+    """Raise BuildError where the folder's results were made with other data, versions or arithmetic than this."""
 
     def flat(made: dict[str, Any]) -> dict[str, Any]:
-        cpu = f"{made['machine']['system']} {made['machine']['cpu']}"
-        return {"data": made["data_sha256"], "Python": made["python"], "machine": cpu, **made["packages"]}
+        own = {name: made["machine"].get(name) for name in ("system", "arithmetic")}
+        return {"data": made["data_sha256"], "Python": made["python"], **own, **made["packages"]}
 
     then, today = flat(manifest), flat(environment())
     differ = {key: (then.get(key), today.get(key)) for key in then | today if then.get(key) != today.get(key)}

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from build import Place
-from manifest import LIBRARY, ROOT, BuildError, check_results, command, environment, read_manifest, sha256
+from manifest import LIBRARY, ROOT, BuildError, check_results, command, read_manifest, sha256
 
-from sgsc_lib import Run, draw_mnist1d, load_mnist1d, train
+from sgsc_lib import Run, arithmetic, draw_mnist1d, load_mnist1d, train
 
 # With other instructions for the same sums (MKL_CBWR=COMPATIBLE, ATEN_CPU_CAPABILITY=default) the committed study's
 # cells moved by 0.2 % of their loss at most in the first epoch, final accuracies by 3.5 points at most, 1 on average.
@@ -103,9 +103,8 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         print(f"{len(manifest['results'])} files in {place.results} are what manifest.json says.")
         if manifest["library_sha256"] != sha256(LIBRARY):
             print("They were made by another version of sgsc_lib.py than the one here.")
-        made_on, here = manifest["machine"]["cpu"], environment()["machine"]["cpu"]
-        if made_on != here:
-            print(f"They were made on another processor, {made_on}; this is {here}.")
+        if manifest["machine"].get("arithmetic") != arithmetic():
+            print(f"They were made on a machine that rounds otherwise ({manifest['machine']['cpu']}).")
         good = [check(place, manifest) for check in (verify_whole_runs, verify_first_epochs)]
     except (BuildError, OSError) as error:
         print(f"verify.py: {error}", file=sys.stderr)

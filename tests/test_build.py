@@ -446,7 +446,7 @@ def test_verify_trains_the_results_again_and_notices_a_number_that_nothing_train
     assert verify.main(["--profile", "smoke"], tmp_path) == 0
     said = capsys.readouterr().out
     assert "are what manifest.json says." in said and "equal to the last bit." in said and "Reproduced, in" in said
-    assert "another" not in said  # neither version nor processor
+    assert "another" not in said and "otherwise" not in said  # neither version nor arithmetic
     for name, column, maker in (
         ("evaluation.csv", "final_test_accuracy", "03_evaluation"),
         ("factorial_curves.csv", "train_loss_mean", "04_gamma_and_smoothness"),
@@ -459,12 +459,12 @@ def test_verify_trains_the_results_again_and_notices_a_number_that_nothing_train
         assert f"{name} is not what manifest.json says" in capsys.readouterr().err
         forged = json.loads(manifest)
         forged["results"][name] = forged["notebooks"][maker]["results"][name] = build.sha256(results / name)
-        forged["machine"]["cpu"] = "Z80"
+        forged["machine"] |= {"cpu": "Z80", "arithmetic": "8 bits"}
         (results / "manifest.json").write_text(json.dumps(forged))
         assert verify.main(["--profile", "smoke"], tmp_path) == 1
         said = capsys.readouterr().out
         assert said.count("NOT REPRODUCED") == 1 and "Not reproduced, in" in said
-        assert "made on another processor, Z80; this is " in said
+        assert "made on a machine that rounds otherwise (Z80)." in said
         (results / name).write_bytes(whole)
         (results / "manifest.json").write_text(manifest)
     shutil.rmtree(results)

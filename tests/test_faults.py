@@ -340,11 +340,11 @@ def test_results_of_other_versions_or_machines_are_not_mixed(toy, tmp_path, caps
             other in error and "--only would mix the two" in error and "python report/build.py --profile toy" in error
         )
     manifest = json.loads(whole)
-    manifest["packages"]["torch"], manifest["machine"]["cpu"] = "1.0", "Z80"
+    manifest["packages"]["torch"], manifest["machine"]["arithmetic"] = "1.0", "8 bits"
     path.write_text(json.dumps(manifest))
     assert build.main(["--profile", "toy", "--only", "02"], root) == 1
     error = capsys.readouterr().err
-    assert "torch 1.0 (now " in error and "Z80 (now " in error
+    assert "torch 1.0 (now " in error and "arithmetic 8 bits (now " in error
     for damaged in ("", whole[: len(whole) // 2], "[]"):
         path.write_text(damaged)
         assert build.main(["--profile", "toy", "--only", "02"], root) == 1

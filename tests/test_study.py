@@ -516,9 +516,24 @@ def test_trials_without_validation_rows_are_refused(tmp_path):
         search(load_mnist1d(100, valid_fraction=0.0), tmp_path)
 
 
-def test_a_worker_with_another_engine_is_refused():
-    with pytest.raises(RuntimeError, match="A worker should have the sgsc_lib and the torch of the process that calls"):
-        sgsc_lib._by_same_engine(["another", torch.__version__])
+@pytest.mark.parametrize("part", range(3))  # source, torch, arithmetic
+def test_a_worker_with_another_engine_is_refused(part):
+    version = sgsc_lib._engine_version()
+    version[part] = "another"
+    with pytest.raises(RuntimeError, match="A worker should have the sgsc_lib, the torch and the arithmetic of the"):
+        sgsc_lib._by_same_engine(version)
+
+
+def test_arithmetic_tells_instructions_that_round_otherwise_apart():
+    ask = "import sgsc_lib, torch; print(sgsc_lib.arithmetic(), torch.get_num_threads())"
+    own, threads, other = (
+        subprocess.run(
+            [sys.executable, "-c", ask], env=os.environ | variables, check=True, capture_output=True, text=True
+        ).stdout.split()
+        for variables in ({}, {"OMP_NUM_THREADS": "2"}, {"ATEN_CPU_CAPABILITY": "default"})
+    )
+    assert own[0] == threads[0] == sgsc_lib.arithmetic() != other[0]
+    assert threads[1] == "2"
 
 
 def test_a_cached_entry_of_another_kind_is_computed_again(tmp_path, capfd, monkeypatch):
