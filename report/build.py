@@ -51,7 +51,7 @@ from manifest import (
 from nbclient.exceptions import DeadKernelError
 from page import duration, render
 from papermill.exceptions import PapermillExecutionError
-from summary import findings, update_readme
+from summary import findings, replica_of, update_readme
 from traitlets.config import Config
 
 from sgsc_lib import parameter_problems, result_problem, write_text
@@ -292,8 +292,11 @@ def write_page(place: Place, plan: dict[str, dict[str, Any]], ran: dict[str, Any
         if path.name not in manifest["results"]:
             print(f"{path} is older than this run: no notebook writes it, and the page leaves it out.", file=sys.stderr)
     data = [place.results / name for name in [*manifest["results"], "manifest.json"]]
-    claims = place.results / "claims.csv"
-    html = render({stem: place.executed(stem) for stem in plan}, manifest, data, findings(claims))
+    replica = replica_of(place.results)
+    if place.profile == "full" and replica is None:
+        print("No replica of this study, by the same code: the page says nothing of one.", file=sys.stderr)
+    said = findings(place.results / "claims.csv", replica)
+    html = render({stem: place.executed(stem) for stem in plan}, manifest, data, said)
     if place.profile == "full" and (place.root / "README.md").exists():
         update_readme(place.root, place.results)
     write_text(html, place.page)

@@ -17,9 +17,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from manifest import read_manifest, training_of
+from manifest import BuildError, read_manifest, training_of
+from scipy.stats import norm
 
-from sgsc_lib import write_text
+from sgsc_lib import result_problem, write_text
 
 FIGURE = "report/findings.svg"  # the README's figure, from the project's root
 
@@ -93,6 +94,10 @@ NOISE = {
 }
 
 
+BOLD = r"\*\*(.*?)\*\*"
+OPPOSITE = {"better": "worse", "worse": "better", "confirmed": "contradicted", "contradicted": "confirmed"}
+
+
 def typeset(text: str) -> str:
     """Return numbers as print has them: a minus for a hyphen, and no line break within × 2.02 or [1.62, 2.53]."""
     return re.sub(r"(?<=×) |(?<=\d,) (?=[\d+−])", "\N{NO-BREAK SPACE}", re.sub(r"-(?=\d)", "−", text))
@@ -160,15 +165,66 @@ def markdown_table(header: str, rows: list[list[str]]) -> str:
     return "\n".join(lines) if rows else ""
 
 
-def findings(claims_csv: Path) -> str:
-    """Markdown: the answer, the card's claims in short, and every verdict on them folded; empty without the file."""
+def replica_of(results: Path) -> pd.DataFrame | None:
+    """Return the claims in the folder `replica` beside `results`: of the same study, but for the arithmetic.
+
+    None where there are none, or where other code, parameters or versions made them. BuildError: they are damaged.
+    """
+    folder = results.with_name("replica")
+    made, own = read_manifest(folder), read_manifest(results)
+
+    def study(manifest: Mapping[str, Any]) -> list:
+        ran = [(stem, entry["sha256"], entry["parameters"]) for stem, entry in manifest["notebooks"].items()]
+        return [ran, *(manifest.get(key) for key in ("library_sha256", "data_sha256", "python", "packages"))]
+
+    if not made["results"] or study(made) != study(own):
+        return None
+    if problem := result_problem(folder / "claims.csv", made["results"]["claims.csv"]):
+        raise BuildError(problem)
+    return pd.read_csv(folder / "claims.csv")
+
+
+def firmness(claims: pd.DataFrame, replica: pd.DataFrame) -> str:
+    """How far the same study, rounded otherwise, comes to the same verdicts."""
+    both = claims.merge(replica, on="id", suffixes=("", "_there"))
+    same = both["verdict"] == both["verdict_there"]
+    opposite = both["verdict_there"] == both["verdict"].map(OPPOSITE)
+    given = both["setting"].str.startswith("card's values")
+    inside = both["estimate_there"].between(both["ci_low"], both["ci_high"])
+    # Two such means differ by √2 times the error of one: Cumming and Maillardet 2006, Psychological Methods 11, 217.
+    expected = 2 * norm.cdf(norm.ppf(0.975) / math.sqrt(2)) - 1
+    return (
+        "**Would the same study say the same again?** It was run twice, with the same code, data and seeds; the "
+        "*replica* took its sums in another order, as processors with wider vectors do, which changes their last bits. "
+        "Runs then drift apart, and a search may end at another winner. "
+        f"{same.sum()} of {len(both)} verdicts are the same, and {opposite.sum()} "
+        f"{'points' if opposite.sum() == 1 else 'point'} the other way; of the {given.sum()} on the card's own "
+        f"hyperparameters, which no search chose, {same[given].sum()} are the same. The replica's estimate lies within "
+        f"the 95 % interval in {100 * inside.mean():.0f} % of the cases; with seeds alone drawn anew it would in "
+        f"{100 * expected:.0f} %. Such an interval speaks of the seeds on which a winner was evaluated, not of the "
+        "search that found it."
+    )
+
+
+def findings(claims_csv: Path, replica: pd.DataFrame | None = None) -> str:
+    """Markdown: the answer, the card's claims in short, and every verdict on them folded; empty without the file.
+
+    Where a `replica` comes to another verdict, it stands beside.
+    """
     if not claims_csv.exists():
         return ""
     claims = pd.read_csv(claims_csv)
     row = {claim["id"]: claim for claim in claims.to_dict("records")}
+    there = {} if replica is None else {claim["id"]: claim for claim in replica.to_dict("records")}
+
+    def verdict_of(claim: Mapping) -> str:
+        return f"**{claim['verdict']}** {shown(claim)}"
 
     def cell(identity: str | None) -> str:
-        return f"**{row[identity]['verdict']}** {shown(row[identity])}" if identity in row else "–"
+        if identity not in row:
+            return "–"
+        differs = identity in there and there[identity]["verdict"] != row[identity]["verdict"]
+        return verdict_of(row[identity]) + (f"<br>replica: {verdict_of(there[identity])}" if differs else "")
 
     short = [[next(row[k] for k in ids if k in row)["claim"], *map(cell, ids)] for ids in SHORT if {*ids} & row.keys()]
     beyond = [[claim, *map(cell, ids)] for claim, ids in BEYOND.items() if {*ids} & row.keys()]
@@ -178,14 +234,24 @@ def findings(claims_csv: Path) -> str:
         key=lambda claim: (claim["id"].split("-")[0], place.get(claim["setting"], len(place))),
     )
     whole = [
-        [c["claim"], CONDITIONS.get(c["setting"], c["setting"]), str(c["n"]), shown(c), c["verdict"]] for c in card
+        [
+            *(c["claim"], CONDITIONS.get(c["setting"], c["setting"]), str(c["n"]), shown(c), c["verdict"]),
+            *([verdict_of(there[c["id"]])] if c["id"] in there else ["–"] if there else []),
+        ]
+        for c in card
     ]
+    whole_header = "| The card's claim | condition | n | estimate, 95 % interval | verdict |"
+    answer = abstract(row)
+    for k, (own, other) in enumerate(zip(answer, abstract(there), strict=False)):
+        if re.findall(BOLD, own) != re.findall(BOLD, other):
+            answer[k] += f" *In the replica:* {other[0].lower()}{other[1:]}"
     parts = [
-        "\n".join(f"- {sentence}" for sentence in abstract(row)),
+        "\n".join(f"- {sentence}" for sentence in answer),
+        "" if replica is None else firmness(claims, replica),
         markdown_table("| The card's claim | both tuned | at the card's settings | at one learning rate |", short),
         markdown_table("| Beyond the card, all tuned anew (notebook 05) | on the test set | on a fresh draw |", beyond),
         f"<details>\n<summary>Every verdict on the card's claims ({len(whole)})</summary>",
-        markdown_table("| The card's claim | condition | n | estimate, 95 % interval | verdict |", whole),
+        markdown_table(whole_header + (" replica |" if there else ""), whole),
         "</details>",
     ]
     return "\n\n".join(part for part in parts if part)
@@ -259,7 +325,7 @@ def readme(text: str, results: Path) -> tuple[str, str]:
     """The README with what the results say between its marks, and its figure as SVG, white behind for a dark page."""
     svg, caption, alt = forest(results / "comparisons.csv", facecolor="white", transparent=False)
     picture = f'<img src="{FIGURE}" alt="{html.escape(alt)}">\n\n{caption}'
-    sentences, tables = findings(results / "claims.csv").split("\n\n", 1)
+    sentences, tables = findings(results / "claims.csv", replica_of(results)).split("\n\n", 1)
     manifest = read_manifest(results)
     minutes = sum(training_of(entry)["seconds"] for entry in manifest["notebooks"].values()) / 60
     machine = f"{manifest['machine']['cores']} cores ({manifest['machine']['cpu']})"

@@ -19,6 +19,7 @@ import summary
 from axe_playwright_python.sync_playwright import Axe
 from bs4 import BeautifulSoup
 from conftest import ROOT, code, write_notebook
+from manifest import BuildError
 
 RESULTS = ROOT / "report/results/full"
 WIDE, PHONE = {"width": 1440, "height": 900}, {"width": 360, "height": 740}
@@ -352,6 +353,42 @@ def test_the_last_sentence_and_the_second_table_say_what_the_finalists_did(tmp_p
     assert f"**{words} its gates shuffled over parameters**" in last
     rows = beyond.splitlines()[2:]
     assert len(rows) == len(summary.BEYOND) and all(row.count(f"**{verdict}** +2.34") == 2 for row in rows)
+
+
+def test_a_replicas_other_verdicts_stand_beside_the_studys(tmp_path):
+    claims = pd.read_csv(RESULTS / "claims.csv").drop_duplicates("id")
+    assert "*In the replica:*" not in summary.findings(RESULTS / "claims.csv", claims)
+    replica = claims.set_index("id")
+    replica.loc["1-before-tuned", ["verdict", "estimate"]] = "confirmed", claims["estimate"].max() + 100
+    own = claims_with(tmp_path, claim_1_before_tuned="contradicted", claim_2_before_tuned="equivalent")
+    text = summary.findings(own, replica.reset_index())
+    first, second = text.splitlines()[:2]
+    assert "loss is rougher than Adam's**" in first.split(" *In the replica:* with both")[0]
+    assert "loss is smoother than Adam's**" in first.split(" *In the replica:* with both")[1]
+    changed = 1 + (claims.set_index("id").loc["2-before-tuned", "verdict"] != "equivalent")
+    assert ("*In the replica:*" in second) == (changed == 2)
+    assert f"{len(claims) - changed} of {len(claims)} verdicts are the same, and 1 points the other way" in text
+    short = text[text.index("| both tuned |") : text.index("<details>")]
+    assert short.count("<br>replica: **") == changed and "<br>replica: **confirmed**" in short
+
+
+def test_a_replica_is_of_the_same_study_or_left_out(tmp_path):
+    own, folder = tmp_path / "full", tmp_path / "replica"
+    shutil.copytree(RESULTS, own)
+    assert summary.replica_of(own) is None
+    folder.mkdir()
+    for name in ("claims.csv", "manifest.json"):
+        shutil.copy(own / name, folder)
+    assert len(summary.replica_of(own)) == len(pd.read_csv(own / "claims.csv"))
+    manifest = json.loads((own / "manifest.json").read_text())
+    for other in ({"library_sha256": "0"}, {"packages": {}}, {"notebooks": {}}):
+        (folder / "manifest.json").write_text(json.dumps(manifest | other))
+        assert summary.replica_of(own) is None
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"machine": {}}))  # what may differ
+    assert summary.replica_of(own) is not None
+    (folder / "claims.csv").write_text("id\n")
+    with pytest.raises(BuildError, match=r"claims.csv is not what manifest.json says"):
+        summary.replica_of(own)
 
 
 def test_without_claims_there_are_no_findings(tmp_path):
