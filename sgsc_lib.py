@@ -1546,13 +1546,13 @@ def train(
         check_gate(name, GATES[name])
     stacks = [group[i : i + stack_size] for group in groups.values() for i in range(0, len(group), stack_size)]
 
-    engine = _engine_version()
+    engine = engine_version()
     made_by = [engine, sha256_of(*data), sha256_of(*fresh) if fresh else None, settings]
 
     def job(stack: list[int]) -> Any:
         stacked = [runs[r] for r in stack]
         gate = GATES.get(stacked[0].gate) if stacked[0].gamma else None
-        compute = partial(_by_same_engine, engine, stacked, data, fresh, gate, **settings)
+        compute = partial(by_same_engine, engine, _train_stack, stacked, data, fresh, gate, **settings)
         if cache is None:
             return joblib.delayed(compute)()
         key = json.dumps([made_by, source_of(gate) if gate else None, [asdict(run) for run in stacked]])
@@ -1594,18 +1594,29 @@ def check_training(
     }
 
 
-def _by_same_engine(version: list[str], *stack: Any, **settings: Any) -> dict[str, np.ndarray]:
-    """`_train_stack`, by the code that asks for it: a worker elsewhere may have imported another."""
-    if version != _engine_version():
+def by_same_engine(version: list[str], function: Callable[..., Any], *given: Any, **settings: Any) -> Any:
+    """Return `function(*given, **settings)`, or raise RuntimeError where this process has not that `engine_version`.
+
+    A worker on another machine may have another sgsc_lib, another torch, or a processor that rounds otherwise.
+
+    >>> by_same_engine(engine_version(), abs, -1)
+    1
+    """
+    if version != engine_version():
         raise RuntimeError(
             "A worker should have the sgsc_lib, the torch and the arithmetic of the process that calls it, "
-            f"{version}. Found {_engine_version()}: install the same on the workers, and start them with the same "
-            "ATEN_CPU_CAPABILITY, MKL_CBWR and ONEDNN_MAX_CPU_ISA."
+            f"{version}. Found {engine_version()}: install the same on the workers, and start them with the same "
+            "ATEN_CPU_CAPABILITY, MKL_CBWR, ONEDNN_MAX_CPU_ISA and NPY_DISABLE_CPU_FEATURES."
         )
-    return _train_stack(*stack, **settings)
+    return function(*given, **settings)
 
 
-def _engine_version() -> list[str]:
+def engine_version() -> list[str]:
+    """What a trained run's bits depend on, beside its own settings: the code, torch and the `arithmetic`.
+
+    >>> engine_version()[1] == torch.__version__
+    True
+    """
     return [hashlib.sha256(source_of(_train_stack).encode()).hexdigest(), torch.__version__, arithmetic()]
 
 
@@ -1613,8 +1624,9 @@ def _engine_version() -> list[str]:
 def arithmetic() -> str:
     """Fingerprint of how this process rounds: where two differ, the same runs end in other bits.
 
-    The width of a processor's vectors decides in which order a sum is taken, and PyTorch, oneDNN and MKL each choose
-    their instructions when they are first used. Some steps of training show the choice, whatever made it.
+    The width of a processor's vectors decides in which order a sum is taken, and PyTorch, MKL, oneDNN and NumPy each
+    choose their instructions by it, or by a variable of the environment. Some steps of training, a convolution and some
+    logarithms show the choice, whatever made it.
 
     >>> len(arithmetic())
     12
@@ -1624,10 +1636,15 @@ def arithmetic() -> str:
     runs = [Run(seed, lr=0.01, gamma=0.25) for seed in range(8)]
     settings: dict[str, Any] = {"epochs": 1, "batch_size": 128, "widths": (40, 128, 128, 10), "probe_size": 0}
     try:
-        curves = _train_stack(runs, Dataset(*(x, y) * 3), None, GATES["sign"], evaluate_every=1, **settings)
+        shown = _train_stack(runs, Dataset(*(x, y) * 3), None, GATES["sign"], evaluate_every=1, **settings)
+        kernels = torch.randn(25, 25, 3, generator=_stream(1, 1))
+        shown["convolution"] = F.conv1d(x[:500].view(20, 25, 40), kernels, stride=2, padding=1).numpy()
     finally:
         torch.set_num_threads(threads)
-    return _seal(curves)[:12]
+    for kind in (np.float32, np.float64):
+        numbers = np.linspace(0.01, 9, 1000, dtype=kind)
+        shown |= {f"{f.__name__} {numbers.dtype}": f(numbers) for f in (np.log, np.exp)}
+    return _seal(shown)[:12]
 
 
 @contextmanager
@@ -1750,7 +1767,7 @@ def tune(
     training.apply_defaults()
     same = check_training(data, **{name: training.arguments[name] for name in ("epochs", "batch_size", "widths")})
     search = [optuna.__version__, source_of(_ask), numbers, first_seed]
-    made_by = [_engine_version(), sha256_of(*data), same, search]
+    made_by = [engine_version(), sha256_of(*data), same, search]
     studies, journal = {}, Path(cache) / "tuning" / f"{study}.journal"
 
     def finished(each: optuna.Study) -> list[optuna.trial.FrozenTrial]:

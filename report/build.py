@@ -40,12 +40,12 @@ from manifest import (
     check_environment,
     check_results,
     command,
+    environment,
     now,
     raw_results,
     read_manifest,
     results_of,
     sha256,
-    training_of,
     write_manifest,
 )
 from nbclient.exceptions import DeadKernelError
@@ -245,26 +245,35 @@ def run(place: Place, plan: dict[str, dict[str, Any]], todo: list[str]) -> dict[
         (place.results / "claims.csv").unlink(missing_ok=True)  # the one file to which notebooks add
     elif set(ran) - set(todo):
         check_environment(place.results, manifest)
+    machine = "{cores} cores ({cpu})".format(**environment()["machine"])
     begin = time.monotonic()
     for k, stem in enumerate(todo, 1):
-        known = all(later in previous for later in todo[k - 1 :])
-        expected = sum(training_of(previous[later])["seconds"] for later in todo[k - 1 :]) if known else 0
-        left = f", about {duration(expected)} left, less for what the cache holds" if known else ""
+        left = ""
+        if all(later in previous for later in todo[k - 1 :]):
+            ran_before = [previous[later].get("training", previous[later]) for later in todo[k - 1 :]]
+            expected = sum(entry["seconds"] for entry in ran_before)
+            left = f", about {duration(expected)} left, less for what the cache holds"
         print(f"[{k}/{len(todo)}] {stem}: {duration(time.monotonic() - begin)} so far{left}", flush=True)
         check_results(place.results, results_of(ran), ran, rerun=stem)
         before = {path: path.stat().st_mtime_ns for path in raw_results(place.results)}
         cached = cached_stacks()
         started, start, of_what = now(), time.monotonic(), fingerprint(place, stem, plan[stem])
         run_notebook(place, stem, plan[stem])
-        this = {"stacks": cached_stacks() - cached, "seconds": round(time.monotonic() - start, 1)}
-        same = [previous[stem]] if previous.get(stem, {}).get("parameters") == plan[stem] else []
+        this = {
+            "stacks": cached_stacks() - cached,
+            "seconds": round(time.monotonic() - start, 1),
+            "machine": machine,
+        }
+        before_this = previous.get(stem, {})
+        same = "training" in before_this and before_this["parameters"] == plan[stem]
         ran[stem] = {
             **of_what,
             "defaults": {name: text for name, text in defaults(place, stem).items() if name not in plan[stem]},
             "started": started,
             "seconds": this["seconds"],
             "stacks_trained": this["stacks"],
-            "training": max([this, *map(training_of, same)], key=lambda run: run["stacks"]),
+            # of the build that trained most of it: others read the cache
+            "training": max([this, *([before_this["training"]] if same else [])], key=lambda run: run["stacks"]),
             "executed_sha256": sha256(place.executed(stem)),
             "results": {
                 path.name: sha256(path)
@@ -292,10 +301,7 @@ def write_page(place: Place, plan: dict[str, dict[str, Any]], ran: dict[str, Any
         if path.name not in manifest["results"]:
             print(f"{path} is older than this run: no notebook writes it, and the page leaves it out.", file=sys.stderr)
     data = [place.results / name for name in [*manifest["results"], "manifest.json"]]
-    replica = replica_of(place.results)
-    if place.profile == "full" and replica is None:
-        print("No replica of this study, by the same code: the page says nothing of one.", file=sys.stderr)
-    said = findings(place.results / "claims.csv", replica)
+    said = findings(place.results / "claims.csv", replica_of(place.results))
     html = render({stem: place.executed(stem) for stem in plan}, manifest, data, said)
     if place.profile == "full" and (place.root / "README.md").exists():
         update_readme(place.root, place.results)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import instructions  # before NumPy
+
+# isort: split
 import hashlib
 import importlib.metadata
 import json
@@ -19,13 +22,6 @@ from sgsc_lib import CACHE, DATA_SHA256, arithmetic, result_problem, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "sgsc_lib.py"
-
-# Each of these libraries takes the widest vectors that the processor has, and so another order of a sum: runs drift
-# apart, searches end at other winners. AVX2 is what nearly every x86-64 has. Read at the libraries' first use.
-ARITHMETIC = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-if platform.machine() in ("x86_64", "AMD64"):
-    for variable, value in ARITHMETIC.items():
-        os.environ.setdefault(variable, value)
 
 
 class BuildError(Exception):
@@ -50,15 +46,10 @@ def cached_stacks() -> int:
     return sum(1 for _ in CACHE.rglob("output.pkl"))
 
 
-def training_of(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return the stacks and seconds of the build that trained most of a notebook's runs; others read the cache."""
-    return entry.get("training") or {"stacks": entry["stacks_trained"], "seconds": entry["seconds"]}
-
-
 def environment() -> dict[str, Any]:
     """Return what all results of a build are made with: data, versions, machine."""
-    file = Path("/proc/cpuinfo")
-    cpuinfo = dict(re.findall(r"^(.+?)\s*: (.+)", file.read_text(), re.MULTILINE)) if file.exists() else {}
+    lines = instructions.CPUINFO.read_text() if instructions.CPUINFO.exists() else ""
+    cpuinfo = dict(re.findall(r"^(.+?)\s*: (.+)", lines, re.MULTILINE))
     cpu = [cpuinfo.get("model name", platform.processor())]
     cpu += [f"{key} {cpuinfo[key]}" for key in ("cpu family", "model") if key in cpuinfo]
     needs = [need for need in importlib.metadata.requires("sgsc") or [] if "extra ==" not in need]
@@ -73,7 +64,7 @@ def environment() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
             "arithmetic": arithmetic(),
-            **{name: os.environ.get(name, "not set") for name in ("OMP_NUM_THREADS", *ARITHMETIC)},
+            **{name: os.environ.get(name, "not set") for name in ("OMP_NUM_THREADS", *instructions.VARIABLES)},
         },
     }
 

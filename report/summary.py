@@ -10,6 +10,7 @@ import html
 import io
 import math
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from manifest import BuildError, read_manifest, training_of
+from manifest import BuildError, read_manifest
 from scipy.stats import norm
 
 from sgsc_lib import result_problem, write_text
@@ -166,21 +167,31 @@ def markdown_table(header: str, rows: list[list[str]]) -> str:
 
 
 def replica_of(results: Path) -> pd.DataFrame | None:
-    """Return the claims in the folder `replica` beside `results`: of the same study, but for the arithmetic.
+    """Return the claims of a study that differs from this one in arithmetic alone, from `results` + "-replica".
 
-    None where there are none, or where other code, parameters or versions made them. BuildError: they are damaged.
+    None where there is no such folder, and, with a message, where it is damaged or not such a study.
     """
-    folder = results.with_name("replica")
-    made, own = read_manifest(folder), read_manifest(results)
-
-    def study(manifest: Mapping[str, Any]) -> list:
-        ran = [(stem, entry["sha256"], entry["parameters"]) for stem, entry in manifest["notebooks"].items()]
-        return [ran, *(manifest.get(key) for key in ("library_sha256", "data_sha256", "python", "packages"))]
-
-    if not made["results"] or study(made) != study(own):
+    folder = results.with_name(f"{results.name}-replica")
+    if not folder.exists():
         return None
-    if problem := result_problem(folder / "claims.csv", made["results"]["claims.csv"]):
-        raise BuildError(problem)
+
+    def study(manifest: Mapping[str, Any]) -> dict[str, Any]:
+        ran = {stem: (entry["sha256"], entry["parameters"]) for stem, entry in manifest["notebooks"].items()}
+        return ran | {key: manifest[key] for key in ("library_sha256", "data_sha256", "python", "packages")}
+
+    try:
+        made, own = read_manifest(folder), read_manifest(results)
+        there, here = study(made), study(own)
+        problem = result_problem(folder / "claims.csv", made["results"]["claims.csv"])
+        if differ := [key for key in there | here if there.get(key) != here.get(key)]:
+            problem = f"it is of another study, in {', '.join(differ)}."
+        if made["machine"]["arithmetic"] == own["machine"]["arithmetic"]:
+            problem = "it has the same arithmetic as this study."
+    except (KeyError, BuildError) as error:
+        problem = f"it is damaged ({error})."
+    if problem:
+        print(f"The page leaves out {folder}: {problem} README.md says how to make it.", file=sys.stderr)
+        return None
     return pd.read_csv(folder / "claims.csv")
 
 
@@ -195,7 +206,7 @@ def firmness(claims: pd.DataFrame, replica: pd.DataFrame) -> str:
     expected = 2 * norm.cdf(norm.ppf(0.975) / math.sqrt(2)) - 1
     return (
         "**Would the same study say the same again?** It was run twice, with the same code, data and seeds; the "
-        "*replica* took its sums in another order, as processors with wider vectors do, which changes their last bits. "
+        "*replica* took its sums in another order, as vectors of another width do, which changes their last bits. "
         "Runs then drift apart, and a search may end at another winner. "
         f"{same.sum()} of {len(both)} verdicts are the same, and {opposite.sum()} "
         f"{'points' if opposite.sum() == 1 else 'point'} the other way; of the {given.sum()} on the card's own "
@@ -244,7 +255,8 @@ def findings(claims_csv: Path, replica: pd.DataFrame | None = None) -> str:
     answer = abstract(row)
     for k, (own, other) in enumerate(zip(answer, abstract(there), strict=False)):
         if re.findall(BOLD, own) != re.findall(BOLD, other):
-            answer[k] += f" *In the replica:* {other[0].lower()}{other[1:]}"
+            lower = re.sub(r"\w", lambda first: first[0].lower(), other, count=1)
+            answer[k] += f" *In the replica (see below):* {lower}"
     parts = [
         "\n".join(f"- {sentence}" for sentence in answer),
         "" if replica is None else firmness(claims, replica),
@@ -326,12 +338,12 @@ def readme(text: str, results: Path) -> tuple[str, str]:
     svg, caption, alt = forest(results / "comparisons.csv", facecolor="white", transparent=False)
     picture = f'<img src="{FIGURE}" alt="{html.escape(alt)}">\n\n{caption}'
     sentences, tables = findings(results / "claims.csv", replica_of(results)).split("\n\n", 1)
-    manifest = read_manifest(results)
-    minutes = sum(training_of(entry)["seconds"] for entry in manifest["notebooks"].values()) / 60
-    machine = f"{manifest['machine']['cores']} cores ({manifest['machine']['cpu']})"
+    training = [entry["training"] for entry in read_manifest(results)["notebooks"].values()]
+    minutes = sum(trained["seconds"] for trained in training) / 60
+    machines = " and ".join(sorted({trained["machine"] for trained in training}))
     for name, content in {
         "findings": f"{sentences}\n\n{picture}\n\n{tables}",
-        "time": f"With an empty cache, `make report` took {minutes:.0f} minutes on {machine}.",
+        "time": f"With an empty cache, `make report` took {minutes:.0f} minutes on {machines}.",
     }.items():
         before, begin, rest = re.split(f"(<!-- {name}: .*? -->\n)", text, maxsplit=1)
         text = f"{before}{begin}{content}\n{rest[rest.index(f'<!-- /{name} -->') :]}"

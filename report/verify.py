@@ -3,14 +3,17 @@
     python report/verify.py                     the committed study (profile `full`), a minute or two
     python report/verify.py --profile smoke
 
-Nothing is read from the cache. A run gives the same numbers alone as in any stack, so with the machine and the versions
-that manifest.json names the sample is reproduced to the last bit. Elsewhere sums may be rounded in another order, which
-a run of 50 epochs amplifies until only its statistics agree; the first epoch stays close. Hence the tolerances below,
-one for each, beyond which the exit code is 1.
+Nothing is read from the cache. A run gives the same numbers alone as in any stack, so with the arithmetic and the
+versions that manifest.json names the sample is reproduced to the last bit. Elsewhere sums are taken in another order,
+which a run of 50 epochs amplifies until only its statistics agree; the first epoch stays close. Hence the tolerances
+below, one for each, beyond which the exit code is 1.
 """
 
 from __future__ import annotations
 
+import instructions  # before NumPy
+
+# isort: split
 import argparse
 import ast
 import sys
@@ -21,9 +24,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from build import Place
-from manifest import LIBRARY, ROOT, BuildError, check_results, command, read_manifest, sha256
+from manifest import LIBRARY, ROOT, BuildError, check_results, command, environment, read_manifest, sha256
 
-from sgsc_lib import Run, arithmetic, draw_mnist1d, load_mnist1d, train
+from sgsc_lib import Run, draw_mnist1d, load_mnist1d, train
 
 # With other instructions for the same sums (MKL_CBWR=COMPATIBLE, ATEN_CPU_CAPABILITY=default) the committed study's
 # cells moved by 0.2 % of their loss at most in the first epoch, final accuracies by 3.5 points at most, 1 on average.
@@ -103,8 +106,11 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         print(f"{len(manifest['results'])} files in {place.results} are what manifest.json says.")
         if manifest["library_sha256"] != sha256(LIBRARY):
             print("They were made by another version of sgsc_lib.py than the one here.")
-        if manifest["machine"].get("arithmetic") != arithmetic():
-            print(f"They were made on a machine that rounds otherwise ({manifest['machine']['cpu']}).")
+        made, here = manifest["machine"], environment()["machine"]
+        if made.get("arithmetic") != here["arithmetic"]:
+            differ = {k: made.get(k, "unknown") for k in ("cpu", *instructions.VARIABLES) if made.get(k) != here[k]}
+            told = ", ".join(f"{key} {value} (here {here[key]})" for key, value in differ.items())
+            print(f"They were made with another arithmetic: {told or 'other versions'}.")
         good = [check(place, manifest) for check in (verify_whole_runs, verify_first_epochs)]
     except (BuildError, OSError) as error:
         print(f"verify.py: {error}", file=sys.stderr)

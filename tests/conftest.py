@@ -13,7 +13,7 @@ from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "report"))  # report/build.py is a script, not an installed module
-importlib.import_module("manifest")  # before torch is used: it says how sums are rounded
+importlib.import_module("instructions")  # before NumPy
 
 
 def code(source: str, *outputs: dict, tags: tuple[str, ...] = ()) -> nbformat.NotebookNode:
