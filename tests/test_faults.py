@@ -199,7 +199,9 @@ def test_a_build_from_the_cache_gives_the_same_bytes_and_still_says_what_trainin
     assert exit_code == 0 and csvs(root, "toy") == toy[1], output
     first, again = (json.loads((folder / manifest).read_text())["notebooks"]["01_train"] for folder in (toy[0], root))
     assert (first["stacks_trained"], again["stacks_trained"]) == (12, 0)
-    assert again["training"] == first["training"] == {"stacks": 12, "seconds": first["seconds"]}
+    assert again["training"] == first["training"]
+    assert first["training"].items() >= {"stacks": 12, "seconds": first["seconds"]}.items()
+    assert " cores (" in first["training"]["machine"]
     assert "1/2] 01_train: 0 s so far, about " in output and "left, less for what the cache holds" in output
 
 

@@ -9,6 +9,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import instructions
 import nbformat
 import numpy as np
 import pandas as pd
@@ -128,6 +129,11 @@ def test_the_readmes_layer_and_gate_work():
     finally:
         sgsc_lib.SGSC.rules.pop(made.get("Scale"), None)
         sgsc_lib.GATES.pop("majority", None)
+
+
+def test_the_readme_gives_the_workers_of_a_build_the_builds_variables():
+    exported = " ".join(f"{name}={value}" for name, value in instructions.VARIABLES.items())
+    assert f"`export {exported}`" in (ROOT / "README.md").read_text().replace("\n", " ")
 
 
 def test_the_readmes_findings_and_figure_are_those_of_the_committed_results():
