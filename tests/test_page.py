@@ -366,7 +366,7 @@ def test_a_replicas_other_verdicts_stand_beside_the_studys(tmp_path):
     assert "loss is smoother than Adam's**" in first[1]
     assert "is the same as Adam's within" in second[0] and second[1].startswith("**its test accuracy is neither")
     assert len(third) == 1
-    assert f"{len(own) - 2} of {len(own)} verdicts are the same, and 1 points the other way" in text
+    assert f"{len(own) - 2} of {len(own)} verdicts are the same; of the others, 1 is the opposite" in text
     assert (
         f"in {100 * (len(own) - 1) / len(own):.0f} % of the cases; with seeds alone drawn anew it would in 83 %" in text
     )
