@@ -204,7 +204,7 @@ def firmness(claims: pd.DataFrame, replica: pd.DataFrame) -> str:
     inside = both["estimate_there"].between(both["ci_low"], both["ci_high"])
     # Two such means differ by √2 times the error of one: Cumming and Maillardet 2006, Psychological Methods 11, 217.
     expected = 2 * norm.cdf(norm.ppf(0.975) / math.sqrt(2)) - 1
-    return (
+    said = (
         "**Would the same study say the same again?** It was run twice, with the same code, data and seeds; the "
         "*replica* took its sums in another order, as vectors of another width do, which changes their last bits. "
         "Runs then drift apart, and a search may end at another winner. "
@@ -215,6 +215,7 @@ def firmness(claims: pd.DataFrame, replica: pd.DataFrame) -> str:
         f"{100 * expected:.0f} %. Such an interval speaks of the seeds on which a winner was evaluated, not of the "
         "search that found it."
     )
+    return said.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def findings(claims_csv: Path, replica: pd.DataFrame | None = None) -> str:

@@ -360,7 +360,7 @@ def test_a_replicas_other_verdicts_stand_beside_the_studys(tmp_path):
     replica = own.set_index("id")
     replica.loc["1-before-tuned", ["verdict", "estimate"]] = "confirmed", own["ci_high"].max() + 100
     replica.loc["2-before-tuned", "verdict"] = "inconclusive"
-    text = summary.findings(tmp_path / "claims.csv", replica.reset_index())
+    text = summary.findings(tmp_path / "claims.csv", replica.reset_index()).replace("\u00a0%", " %")
     first, second, third = [line.split(" *In the replica (see below):* ") for line in text.splitlines()[:3]]
     assert "loss is rougher than Adam's**" in first[0] and first[1].startswith("with both tuned")
     assert "loss is smoother than Adam's**" in first[1]
