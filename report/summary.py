@@ -248,7 +248,7 @@ def findings(claims_csv: Path, replica: pd.DataFrame | None = None) -> str:
     whole = [
         [
             *(c["claim"], CONDITIONS.get(c["setting"], c["setting"]), str(c["n"]), shown(c), c["verdict"]),
-            *([verdict_of(there[c["id"]])] if c["id"] in there else ["–"] if there else []),
+            *([verdict_of(there[c["id"]]) if c["id"] in there else "–"] if there else []),
         ]
         for c in card
     ]
