@@ -27,7 +27,7 @@ test-faults: .venv/installed  ## the long tests of what a build survives: kills,
 	$(BIN)/python -m pytest -m faults -s
 
 lab: .venv/installed     ## JupyterLab on this machine alone, with a token, open at the playground
-	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/playground.ipynb
+	$(BIN)/jupyter lab $(LAB_FLAGS) --ServerApp.ip=127.0.0.1 --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/playground.ipynb
 
 benchmarks/.venv/installed: benchmarks/requirements.txt
 	$(PYTHON) -m venv benchmarks/.venv && benchmarks/.venv/bin/pip install --quiet --no-deps -r benchmarks/requirements.txt

@@ -551,6 +551,7 @@ def check_gate(name: str, gate: Gate) -> None:
     gamma = torch.full((2,), 0.5, dtype=torch.float64)
     try:
         both, first = (gate(*(s[:runs] for s in sums), batch_size=8, gamma=gamma[:runs]) for runs in (2, 1))
+        silent = gate(*map(torch.zeros_like, sums), batch_size=8, gamma=gamma)
     except RuntimeError as error:
         raise ValueError(
             f"The gate {name!r} should take sums [R, *shape], here (2, 3, 4), and `gamma` [R]; align_runs(gamma, sum) "
@@ -559,6 +560,9 @@ def check_gate(name: str, gate: Gate) -> None:
     found = tuple(both.shape) if isinstance(both, Tensor) else type(both).__name__
     if found != (2, 3, 4):
         raise ValueError(f"The gate {name!r} should return [R, *shape], here (2, 3, 4). Found {found}.")
+    for gates, where in (both, "its sums"), (silent, "its sums where no sample has a gradient, which are 0"):
+        if not gates.isfinite().all():
+            raise ValueError(f"The gate {name!r} should make finite numbers of {where}. Found NaN or infinity.")
     if not torch.allclose(both[:1], first):
         raise ValueError(f"The gate {name!r} should not mix runs: reduce over the axes after the first only.")
 
@@ -919,10 +923,19 @@ class SGSC:
         autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
         with torch.no_grad(), autocast:
             found = self.rules[type(module)](module, inputs, errors)
-            for key in (key for key, p in self._owned(module).items() if p.requires_grad):
+            rule = f"The rule for '{name}' ({type(module).__name__})"
+            if not isinstance(found, dict):
+                raise TypeError(f"{rule} should return {{name: (Σ sign g, count)}}. Found {type(found).__name__}.")
+            for key, p in self._owned(module).items():
+                if not p.requires_grad:
+                    continue
                 if key not in found:
-                    raise KeyError(
-                        f"The rule for '{name}' ({type(module).__name__}) should cover {key!r}. Found {sorted(found)}."
+                    raise KeyError(f"{rule} should cover {key!r}. Found {sorted(found)}.")
+                shapes = [tuple(part.shape) for part in found[key] if isinstance(part, Tensor)]
+                if shapes != [tuple(p.shape), ()]:
+                    raise ValueError(
+                        f"{rule} should give for {key!r} two tensors: Σ sign g over the batch, {tuple(p.shape)}, and "
+                        f"the number of all g ≠ 0, (). Found {shapes}."
                     )
                 full, (sign_sum, active) = f"{name}.{key}" if name else key, found[key]
                 if full in self._sums:

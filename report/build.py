@@ -124,16 +124,21 @@ def read_profile(place: Place) -> dict[str, dict[str, Any]]:
         profile = yaml.load((place.root / path).read_text(encoding="utf-8"), Loader=OneOfEachKey)
     except yaml.YAMLError as error:
         raise BuildError(f"{path} is not YAML: {error}") from None
-    if not isinstance(profile, dict) or not all(isinstance(given, dict | None) for given in profile.values()):
+    if not isinstance(profile, dict):
         raise BuildError(f"{path} should be lines of `notebook: {{parameter: value}}`. Found {profile!r}.")
     plan, problems, folder = {}, [], place.results.relative_to(place.root).as_posix()
     for stem, given in profile.items():
         if stem not in notebooks(place.root):
             problems.append(f"{path}: there is no notebook {stem!r}. There are: {', '.join(notebooks(place.root))}.")
             continue
+        if not isinstance(given, dict | None):
+            problems.append(f"{path}: {stem} should have lines of `parameter: value`. Found {given!r}.")
+            continue
         declared, found = papermill.inspect_notebook(place.notebook(stem)), []
         values = {n: v.replace("{results}", folder) if isinstance(v, str) else v for n, v in (given or {}).items()}
-        for name in values:
+        for name, value in values.items():
+            if isinstance(value, str) and "{" in value:
+                found.append(f"`{name}` may hold {{results}} and nothing else in braces. Found {value!r}.")
             if name == "results":
                 found.append("`results` is set by build.py. Leave it out.")
             elif name not in declared:
@@ -259,6 +264,14 @@ def run(place: Place, plan: dict[str, dict[str, Any]], todo: list[str]) -> dict[
         cached = cached_stacks()
         started, start, of_what = now(), time.monotonic(), fingerprint(place, stem, plan[stem])
         run_notebook(place, stem, plan[stem])
+        wrote = [path for path in raw_results(place.results) if path.stat().st_mtime_ns != before.get(path)]
+        for path in wrote:
+            others = [name for name in plan if name != stem and path.name in ran.get(name, {}).get("results", {})]
+            if others and path.name != "claims.csv":
+                raise BuildError(
+                    f"{stem} wrote {path.name}, which is a result of {others[0]}. Give it a name of its own, and make "
+                    f"the other anew: {command(place.profile, others[0])}"
+                )
         this = {
             "stacks": cached_stacks() - cached,
             "seconds": round(time.monotonic() - start, 1),
@@ -275,11 +288,7 @@ def run(place: Place, plan: dict[str, dict[str, Any]], todo: list[str]) -> dict[
             # of the build that trained most of it: others read the cache
             "training": max([this, *([before_this["training"]] if same else [])], key=lambda run: run["stacks"]),
             "executed_sha256": sha256(place.executed(stem)),
-            "results": {
-                path.name: sha256(path)
-                for path in raw_results(place.results)
-                if path.stat().st_mtime_ns != before.get(path)
-            },
+            "results": {path.name: sha256(path) for path in wrote},
         }
         write_manifest(place.results, place.profile, {name: ran[name] for name in plan if name in ran})
         print(f"[{k}/{len(todo)}] {stem}: done in {duration(ran[stem]['seconds'])}", flush=True)
@@ -333,7 +342,12 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         return 1
     except KeyboardInterrupt:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # the interrupted cell's own traceback tells nothing
-        print("\nbuild.py: interrupted. The previous page is left as it was.", file=sys.stderr)
+        committed = "; `git restore report README.md` brings back what is committed" * (options.profile == "full")
+        print(
+            "\nbuild.py: interrupted. The previous page is left as it was; the results beside it are partly made anew. "
+            f"The same command goes on{committed}.",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

@@ -157,7 +157,7 @@ def number(html: str) -> dict[str, Any]:
         what = re.sub(r"^Show the code(: (Figure|Table)(?=: ))?", f"Show the code of {made}", cell.summary.get_text())
         cell.summary.string = what
 
-    contents, ids = [], set()
+    contents = []
     for heading in soup.find_all(["h2", "h3", "h4"]):  # the h2 is the title of its section, which has the id
         section = heading.find_parent("section", id=True)["id"]
         target = section if heading.name == "h2" else f"{section.removeprefix('nb-')}-{heading.get('id')}"
@@ -175,10 +175,13 @@ def number(html: str) -> dict[str, Any]:
             if all(NUMBER.fullmatch(cell.get_text().strip()) for cell in column):
                 for cell in [*column, *table.select(f"thead tr > :nth-child({k + 1})")]:
                     cell["class"] = "number"
+    ids, twice = set(), []
     for tag in soup.find_all(id=True):
         if tag["id"] in ids:
-            fail(tag, f"there is a second {tag['id']} on the page. Rename one of the two.")
+            twice.append(tag)
         ids.add(tag["id"])
+    if twice:
+        fail(twice[0], f"the page has two of each of these: {', '.join(tag['id'] for tag in twice)}. Rename them here.")
     for a in soup.select('a[href^="#"]'):
         target = a["href"][1:]
         if target not in ids:

@@ -42,6 +42,7 @@ CONDITIONS = {
 SHORT = [
     ("1-before-tuned", "1-card-values", "1-card-common-lr-adam"),
     ("2-before-tuned", "2-card-values", "2-card-common-lr-adam"),
+    ("2f-before-tuned", "2f-card-values", "2f-card-common-lr-adam"),
     ("3-before-tuned", None, None),
     ("4-before-tuned", None, None),
     ("5-signal", None, None),
@@ -128,37 +129,54 @@ def strength_of(correlation: float) -> str:
 
 
 def abstract(row: dict[str, dict]) -> list[str]:
-    """The answer in five sentences, from the claims by id; none where a claim that they need was not judged."""
-    needed = "1-before-tuned 2-before-tuned 1-card-values 1a-card-values-learning-rate 1a-card-values-gamma 5-signal"
-    if not {*needed.split(), "2-after-tuned", "6-after-permuted"} <= row.keys():
+    """The answer in some sentences, from the claims by id; none where a claim that they need was not judged."""
+    tuned = {f"{claim}-tuned" for claim in ("1-before", "2-before", "2f-before", "2-after", "2f-after")}
+    given = {f"1-card-{rates}" for rates in ("values", "common-lr-adam", "common-lr-sgsc")}
+    if not {*tuned, *given, "1a-card-values-learning-rate", "5-signal"} <= row.keys():
         return []
     verdict = {identity: claim["verdict"] for identity, claim in row.items()}
     number = {identity: shown(claim) for identity, claim in row.items()}
-    gate_alone = number["1a-card-values-gamma"].removeprefix("roughness ")
+    adams, sgscs = (number[f"1-card-common-lr-{arm}"].removeprefix("roughness ") for arm in ("adam", "sgsc"))
     strength = "" if verdict["5-signal"] != "confirmed" else f", but only {strength_of(row['5-signal']['estimate'])}"
+
+    def accuracy(condition: str) -> str:
+        test, fresh = f"2-{condition}", f"2f-{condition}"
+        return (
+            f"ts test accuracy is {ACCURATE[verdict[test]]}**: {number[test]}; on a fresh draw it is "
+            f"**{ACCURATE[verdict[fresh]]}**: {number[fresh]}."
+        )
+
     return [
         f"With both tuned alike, **SGSC's training loss is {SMOOTH[verdict['1-before-tuned']]}**: "
         f"{number['1-before-tuned']}, over {row['1-before-tuned']['n']} paired seeds.",
-        f"**Its test accuracy is {ACCURATE[verdict['2-before-tuned']]}**: {number['2-before-tuned']}.",
-        f"With the card's own settings **its loss is {SMOOTH[verdict['1-card-values']]}**: the lower learning rate "
-        f"alone makes {number['1a-card-values-learning-rate']}, γ alone {gate_alone}.",
+        f"**I{accuracy('before-tuned')}",
+        f"With the card's own settings **its loss is {SMOOTH[verdict['1-card-values']]}**: {number['1-card-values']}. "
+        f"The lower learning rate alone makes {number['1a-card-values-learning-rate']}; γ alone makes {adams} at "
+        f"Adam's rate and {sgscs} at SGSC's.",
         f"**{NOISE[verdict['5-signal']]}**{strength}: its rank correlation with the signal-to-noise ratio is "
         f"{number['5-signal']}.",
-        f"With the gate after Adam and tuned again, **its test accuracy is {ACCURATE[verdict['2-after-tuned']]}**: "
-        f"{number['2-after-tuned']}" + rivals(row) + ".",
+        f"With the gate after Adam and tuned again, **i{accuracy('after-tuned')}",
+        *rivals(row),
     ]
 
 
-def rivals(row: dict[str, dict]) -> str:
-    """The end of the last sentence: the gate after Adam against an ordinary rival and its look-alike, all decaying."""
-    told = {
-        "11f-sgsc-after-vs-adamw": "AdamW",
-        "11f-sgsc-after-vs-after-shuffled-gates": "its gates shuffled over parameters",
-    }
-    if not told.keys() <= row.keys():
-        return f", and {shown(row['6-after-permuted'])} against the same gate shuffled over parameters"
-    parts = [f"**{AGAINST[row[key]['verdict']]} {rival}** ({shown(row[key])})" for key, rival in told.items()]
-    return f"; tuned once more with cosine decay for all, on a fresh draw, it is {' and '.join(parts)}"
+def rivals(row: dict[str, dict]) -> list[str]:
+    """The sentence on the gate after Adam against an ordinary rival and its look-alike, if they were compared."""
+    told = {"adamw": "AdamW", "after-shuffled-gates": "its gates shuffled over parameters"}
+    ids = [[f"{number}f-sgsc-after-vs-{slug}" for slug in told] for number in (8, 11)]
+    if not {*ids[0], *ids[1]} <= row.keys():
+        return []
+    plain, decaying = (
+        " and ".join(
+            f"**{AGAINST[row[key]['verdict']]} {rival}** ({shown(row[key])})"
+            for key, rival in zip(keys, told.values(), strict=True)
+        )
+        for keys in ids
+    )
+    return [
+        f"On a fresh draw, each tuned once more at equal budget, the gate after Adam is {plain}; with cosine decay for "
+        f"all, it is {decaying}."
+    ]
 
 
 def markdown_table(header: str, rows: list[list[str]]) -> str:
@@ -200,20 +218,27 @@ def firmness(claims: pd.DataFrame, replica: pd.DataFrame) -> str:
     both = claims.merge(replica, on="id", suffixes=("", "_there"))
     same = both["verdict"] == both["verdict_there"]
     opposite = both["verdict_there"] == both["verdict"].map(OPPOSITE)
+    once = ~opposite & (both["verdict"].isin(OPPOSITE) ^ both["verdict_there"].isin(OPPOSITE))
+    named = "; ".join(
+        f"{c['claim']}, {c['setting']}: {shown(c)}, there {shown({k: c.get(f'{k}_there', c[k]) for k in claims})}"
+        for c in both[opposite].to_dict("records")
+    )
     given = both["setting"].str.startswith("card's values")
     inside = both["estimate_there"].between(both["ci_low"], both["ci_high"])
     # Two such means differ by √2 times the error of one: Cumming and Maillardet 2006, Psychological Methods 11, 217.
     expected = 2 * norm.cdf(norm.ppf(0.975) / math.sqrt(2)) - 1
     said = (
-        "**Would the same study say the same again?** It was run twice, with the same code, data and seeds; the "
-        "*replica* took its sums in another order, as vectors of another width do, which changes their last bits. "
-        "Runs then drift apart, and a search may end at another winner. "
-        f"{same.sum()} of {len(both)} verdicts are the same; of the others, {opposite.sum()} "
-        f"{'is' if opposite.sum() == 1 else 'are'} the opposite. Of the {given.sum()} on the card's own "
-        f"hyperparameters, which no search chose, {same[given].sum()} are the same. The replica's estimate lies within "
-        f"the 95 % interval in {100 * inside.mean():.0f} % of the cases; with seeds alone drawn anew it would in "
-        f"{100 * expected:.0f} %. Such an interval speaks of the seeds on which a winner was evaluated, not of the "
-        "search that found it."
+        "**Would the same study say the same again?** The *replica* is the whole study run once more, with the same "
+        "code, data and seeds, but its sums taken in another order, as vectors of another width do, which changes "
+        f"their last bits. Runs then drift apart, and a search may end at another winner. Of {len(both)} verdicts "
+        f"{same.sum()} are the same, {once.sum()} are definite in one of the two alone (better or worse, confirmed or "
+        f"contradicted), {(~same & ~once & ~opposite).sum()} change between equivalent and inconclusive, and "
+        f"{opposite.sum()} {'is' if opposite.sum() == 1 else 'are'} the opposite{f' ({named})' if named else ''}. The "
+        f"replica's estimate lies within this study's 95 % interval in {inside[given].sum()} of {given.sum()} cases on "
+        "the card's own hyperparameters, which no search chose, and in "
+        f"{100 * inside[~given].mean():.0f} % of the others; of two estimates from seeds drawn independently and no "
+        f"search between, {100 * expected:.0f} % would. So an interval speaks of the seeds on which a winner was "
+        "evaluated, not of the search that found it. The tables below give the replica's verdict where it differs."
     )
     return said.replace(" %", "\N{NO-BREAK SPACE}%")
 

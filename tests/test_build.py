@@ -96,10 +96,18 @@ def test_every_notebook_is_checked_before_any_runs(toy, capsys):
     assert not (root / "report" / "executed").exists()
 
 
-@pytest.mark.parametrize("text", ["", "- 01_one", "01_one: 3", "01_one: [n_seeds]"])
-def test_a_profile_of_another_shape_is_refused(toy, capsys, text):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "should be lines of `notebook: {parameter: value}`"),
+        ("- 01_one", "should be lines of `notebook: {parameter: value}`"),
+        ("01_one: 3", "01_one should have lines of `parameter: value`. Found 3."),
+        ("01_one: [n_seeds]", "01_one should have lines of `parameter: value`. Found ['n_seeds']."),
+    ],
+)
+def test_a_profile_of_another_shape_is_refused(toy, capsys, text, message):
     assert build.main(["--profile", "smoke"], toy(text)) == 1
-    assert "should be lines of `notebook: {parameter: value}`" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_profile_that_is_not_yaml_is_refused(toy, capsys):
@@ -399,7 +407,7 @@ def test_an_interrupt_ends_the_kernel_and_leaves_the_page_as_it_was(toy):
         (code("", {"text/html": FIGURE.replace('alt="A dot." ', "")}), "should have alternative text and be embedded"),
         (code("", {"image/png": "iVBORw0KGgo="}), "an image without alternative text. Show it with sgsc_lib.figure."),
         (code("", {"text/html": "<img>", "image/svg+xml": "<svg/>"}), "an image without alternative text"),
-        (code("", {"text/html": FIGURE}, {"text/html": FIGURE}), "there is a second fig-a on the page"),
+        (code("", {"text/html": FIGURE}, {"text/html": FIGURE}), "the page has two of each of these: fig-a. Rename"),
         ("![a plot](plot.png)", "should have alternative text and be embedded"),
         (r"Let $\foobar{x}$ be", r"pandoc does not understand the formula $\foobar{x}$"),
         ("$$ \\nope \\tag{3} $$", r"pandoc does not understand the formula"),

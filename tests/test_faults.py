@@ -307,6 +307,20 @@ def damages(path: Path, flips: int, seed: int = 0):
         path.write_bytes(whole)
 
 
+def test_a_notebook_that_writes_anothers_result_is_refused_and_so_is_the_result(toy, tmp_path, capsys):
+    root = shutil.copytree(toy[0], tmp_path / "copy")
+    page = (root / "report" / "sgsc-toy.html").read_bytes()
+    *first, last = READING
+    last = code(last.source.replace("means.csv", "runs-3.csv"))
+    write_notebook(root / "notebooks" / "02_read.ipynb", *first, last)
+    assert build.main(["--profile", "toy", "--only", "02"], root) == 1
+    error = capsys.readouterr().err
+    assert "02_read wrote runs-3.csv, which is a result of 01_train." in error and "--only 01_train" in error
+    assert build.main(["--profile", "toy", "--only", "02"], root) == 1
+    assert "runs-3.csv is not what manifest.json says" in capsys.readouterr().err
+    assert (root / "report" / "sgsc-toy.html").read_bytes() == page
+
+
 def test_damaged_results_are_refused_by_name_with_the_command_that_makes_them_anew(toy, tmp_path, capsys):
     root, noticed = shutil.copytree(toy[0], tmp_path / "copy"), 0
     results = root / "report" / "results" / "toy"
@@ -404,14 +418,19 @@ BAD = [  # how it is given, notebook, parameters as YAML, what the error says
     ("-y", "01_derivation", "seed: true", "`seed` should be an int. Found True."),
     ("-y", "02_tuning", "map_samples: []", "`map_samples` should be a non-empty list[int]. Found []."),
     ("-y", "02_tuning", "map_widths: [64, wide]", "`map_widths` should be an int. Found 'wide'."),
-    ("-y", "02_tuning", "map_samples: [5001]", "`num_samples` should be a multiple of the 10 classes. Found 5001."),
+    ("-y", "02_tuning", "map_samples: [5001]", "`map_samples` should be multiples of the 10 classes. Found 5001."),
     ("-y", "02_tuning", "widths: [41, 10]", "`widths` should start with 40"),
     ("-y", "02_tuning", "widths: [40, 9]", "end with at least 10, the number of classes. Found (40, 9)."),
     ("-y", "02_tuning", "map_batches: [0]", "`map_batches` should be ≥ 1. Found 0."),
     ("-y", "03_evaluation", "widths: [40]", "`widths` should name at least an input and an output width. Found (40,)."),
     ("-f", "03_evaluation", "epochs: 3", "`epochs` should be ≥ 4. Found 3."),
     ("-f", "03_evaluation", "n_seeds: null", "`n_seeds` should be an int. Found None."),
-    ("-f", "03_evaluation", "fresh_samples: 1005", "`num_samples` should be a multiple of the 10 classes. Found 1005."),
+    (
+        "-f",
+        "03_evaluation",
+        "fresh_samples: 1005",
+        "`fresh_samples` should be a multiple of the 10 classes. Found 1005.",
+    ),
     ("-f", "03_evaluation", "arms: [Adam]", "`arms` is not a parameter of this notebook"),
     ("-f", "03_evaluation", "probe_size: 99999", "`probe_size` should be ≤ 3200. Found 99999."),
     ("-f", "04_gamma_and_smoothness", "gammas: [0.0, .nan]", "`gammas` should be a finite float. Found nan."),

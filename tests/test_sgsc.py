@@ -669,6 +669,22 @@ def test_a_rule_that_forgets_a_parameter_is_named(monkeypatch):
         measured(model, x, y)
 
 
+@pytest.mark.parametrize(
+    ("returned", "error"),
+    [
+        (lambda bias: ("bias", bias), TypeError),
+        (lambda bias: {"weight": bias, "bias": bias}, ValueError),
+        (lambda bias: {"weight": (bias, torch.tensor(1)), "bias": (bias, torch.tensor(1))}, ValueError),
+        (lambda bias: {"weight": (torch.zeros(3, 6), 1), "bias": (bias, torch.tensor(1))}, ValueError),
+    ],
+)
+def test_what_is_no_sum_and_count_is_refused_by_the_rules_name(monkeypatch, returned, error):
+    model, x, y = toy()
+    monkeypatch.setitem(SGSC.rules, nn.Linear, lambda module, inputs, errors: returned(torch.zeros(len(module.bias))))
+    with pytest.raises(error, match=r"The rule for '4' \(Linear\) should (return|give for 'weight')"):
+        measured(model, x, y)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Refusals: the module's name, the reason and the way out
 # ----------------------------------------------------------------------------------------------------------------------

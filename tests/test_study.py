@@ -503,6 +503,8 @@ def test_a_worker_ends_with_the_process_it_works_for():
         (lambda cube, *, batch_size, gamma: cube, ValueError, "should be of total, sign, .* Found cube"),
         (lambda sign, *, batch_size, gamma: sign.mean(), ValueError, r"should return \[R, \*shape\].* Found \(\)"),
         (lambda sign, *, batch_size, gamma: sign - sign.mean(), ValueError, "should not mix runs"),
+        (lambda sign, *, batch_size, gamma: sign * math.nan, ValueError, "finite numbers of its sums. Found NaN"),
+        (lambda active, *, batch_size, gamma: 1 / active, ValueError, "where no sample has a gradient, which are 0"),
         (lambda sign, *, batch_size, gamma: sign * gamma, ValueError, r"`gamma` \[R\]; align_runs\(gamma, sum\)"),
     ],
 )
