@@ -155,9 +155,19 @@ def abstract(row: dict[str, dict]) -> list[str]:
         f"Adam's rate and {sgscs} at SGSC's.",
         f"**{NOISE[verdict['5-signal']]}**{strength}: its rank correlation with the signal-to-noise ratio is "
         f"{number['5-signal']}.",
-        f"With the gate after Adam and tuned again, **i{accuracy('after-tuned')}",
+        f"With the gate after Adam and tuned again, **i{accuracy('after-tuned')}{in_the_map(row)}",
         *rivals(row),
     ]
+
+
+def in_the_map(row: dict[str, dict]) -> str:
+    """What notebook 05 found in the cell of its map that is the study's own setting, if it has one."""
+    if not (cell := row.get("9-sgsc-after-vs-adam-0-128-equal-epochs")):
+        return ""
+    return (
+        " In the same setting as a cell of the map over noise and batch size, after a shorter search, it is on a fresh "
+        f"draw **{AGAINST[cell['verdict']]} Adam**: {shown(cell)}."
+    )
 
 
 def rivals(row: dict[str, dict]) -> list[str]:

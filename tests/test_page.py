@@ -356,6 +356,13 @@ def test_the_last_sentence_and_the_second_table_say_what_the_finalists_did(tmp_p
     assert len(rows) == len(summary.BEYOND) and all(row.count(f"**{verdict}** +2.34") == 2 for row in rows)
 
 
+@pytest.mark.parametrize(("verdict", "words"), summary.AGAINST.items())
+def test_the_answer_names_the_maps_own_cell(tmp_path, verdict, words):
+    path = claims_with(tmp_path, **{"claim_9_sgsc_after_vs_adam_0_128_equal_epochs": verdict})
+    fifth = summary.findings(path).splitlines()[4]
+    assert f"after a shorter search, it is on a fresh draw **{words} Adam**" in fifth
+
+
 def test_a_replicas_other_verdicts_stand_beside_the_studys(tmp_path):
     own = pd.read_csv(claims_with(tmp_path, claim_1_before_tuned="contradicted", claim_2_before_tuned="equivalent"))
     assert "*In the replica" not in summary.findings(tmp_path / "claims.csv", own)
