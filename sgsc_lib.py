@@ -35,6 +35,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -127,12 +128,13 @@ def coerce(value: Any, kind: str) -> Any:
     return value
 
 
-def check_parameters(notebook: dict[str, Any], **at_least: float) -> None:
+def check_parameters(notebook: dict[str, Any], **at_least: float | tuple[int, int]) -> None:
     """Check the parameters of a notebook, given as its `globals()`, where papermill or a reader may have set them.
 
     Every parameter declared in its parameters cell (`name: type = default`) must have its declared type; every number
     must be at least what `at_least` gives for its name, or else 1 for an int and 0 for a float; text may be empty only
-    where 0 is given. A name that was injected but is not declared is refused. One ValueError tells all that is wrong.
+    where 0 is given; `name=(10, 10)` asks for at least 10 and a multiple of 10. A name that was injected but is not
+    declared is refused. One ValueError tells all that is wrong.
 
     >>> check_parameters({"__annotations__": {"epochs": int}, "epochs": 1}, epochs=2)
     Traceback (most recent call last):
@@ -150,7 +152,9 @@ def check_parameters(notebook: dict[str, Any], **at_least: float) -> None:
         raise ValueError("\n".join(problems))
 
 
-def parameter_problems(kinds: Mapping[str, str], values: dict[str, Any], at_least: Mapping[str, float]) -> list[str]:
+def parameter_problems(
+    kinds: Mapping[str, str], values: dict[str, Any], at_least: Mapping[str, float | tuple[int, int]]
+) -> list[str]:
     """What is wrong with `values` (coerced in place) of the declared `kinds`, one text each; see `check_parameters`.
 
     >>> parameter_problems({"n_seeds": "int"}, {"n_seeds": 0}, {})
@@ -160,12 +164,15 @@ def parameter_problems(kinds: Mapping[str, str], values: dict[str, Any], at_leas
     for name, kind in kinds.items():
         try:
             value = values[name] = coerce(values[name], kind)
-            low = at_least.get(name, 0.0 if "float" in kind else 1)
+            bound = at_least.get(name, 0.0 if "float" in kind else 1)
+            low, step = bound if isinstance(bound, tuple) else (bound, 0)
             for item in value if isinstance(value, list) else [value]:
                 if isinstance(item, str) and not item and low:
                     raise ValueError("should not be empty. Found ''.")
                 if isinstance(item, int | float) and not isinstance(item, bool) and item < low:
                     raise ValueError(f"should be ≥ {low:g}. Found {item!r}.")
+                if step and item % step:
+                    raise ValueError(f"should be a multiple of {step}. Found {item!r}.")
         except ValueError as error:
             problems.append(f"`{name}` {error}")
     return problems
@@ -546,23 +553,40 @@ def check_gate(name: str, gate: Gate) -> None:
         raise ValueError(
             f"The sums of the gate {name!r} should be of {', '.join(['total', *SUMS])}. Found {', '.join(unknown)}."
         )
-    g = torch.randn(8, 2, 3, 4, generator=torch.Generator().manual_seed(0))  # [B, R, *shape]
-    sums = [g.sum(0) if kind == "total" else SUMS[kind](g).sum(0) for kind in sums_of(gate)]
+    for shape in (3, 4), (5,):  # a weight's and a bias's
+        _try_gate(name, gate, shape)
+
+
+def _try_gate(name: str, gate: Gate, shape: tuple[int, ...]) -> None:
+    """Check a gate on two runs' sums over 8 samples, among them entries that all, one or none of the samples move."""
+    g = torch.randn(8, 2, *shape, generator=torch.Generator().manual_seed(0))  # [B, R, *shape]
+    g[..., 0], g[1:, ..., 1], g[..., 2] = g[..., 0].abs(), 0.0, g[..., 2] * 1e-30  # whose square is 0 in float32
     gamma = torch.full((2,), 0.5, dtype=torch.float64)
+
+    def gates(g: Tensor, runs: int = 2) -> Tensor:
+        sums = [g.sum(0) if kind == "total" else SUMS[kind](g).sum(0) for kind in sums_of(gate)]
+        return gate(*(s[:runs] for s in sums), batch_size=8, gamma=gamma[:runs])
+
+    whole = (2, *shape)
     try:
-        both, first = (gate(*(s[:runs] for s in sums), batch_size=8, gamma=gamma[:runs]) for runs in (2, 1))
-        silent = gate(*map(torch.zeros_like, sums), batch_size=8, gamma=gamma)
-    except RuntimeError as error:
+        both, first, silent = gates(g), gates(g, 1), gates(torch.zeros_like(g))
+    except (RuntimeError, IndexError) as error:
         raise ValueError(
-            f"The gate {name!r} should take sums [R, *shape], here (2, 3, 4), and `gamma` [R]; align_runs(gamma, sum) "
+            f"The gate {name!r} should take sums [R, *shape], here {whole}, and `gamma` [R]; align_runs(gamma, sum) "
             f"shapes that to broadcast. Found: {error}"
         ) from error
-    found = tuple(both.shape) if isinstance(both, Tensor) else type(both).__name__
-    if found != (2, 3, 4):
-        raise ValueError(f"The gate {name!r} should return [R, *shape], here (2, 3, 4). Found {found}.")
-    for gates, where in (both, "its sums"), (silent, "its sums where no sample has a gradient, which are 0"):
-        if not gates.isfinite().all():
-            raise ValueError(f"The gate {name!r} should make finite numbers of {where}. Found NaN or infinity.")
+    found = (tuple(both.shape), both.dtype) if isinstance(both, Tensor) else type(both).__name__
+    if found != (whole, torch.float32):
+        raise ValueError(
+            f"The gate {name!r} should return [R, *shape] in the dtype of its sums, here {whole}, torch.float32; "
+            f"align_runs(gamma, sum) has that dtype, `gamma` is float64. Found {found}."
+        )
+    for made, where in (both, "its sums"), (silent, "its sums where no sample has a gradient, which are all 0"):
+        if not made.isfinite().all():
+            raise ValueError(
+                f"The gate {name!r} should make finite numbers of {where}. Found NaN or infinity: a sum may be 0 where "
+                "you divide by it, which `whole.clamp(min=1)` or torch.where avoids."
+            )
     if not torch.allclose(both[:1], first):
         raise ValueError(f"The gate {name!r} should not mix runs: reduce over the axes after the first only.")
 
@@ -922,21 +946,12 @@ class SGSC:
         kind = errors.device.type
         autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
         with torch.no_grad(), autocast:
-            found = self.rules[type(module)](module, inputs, errors)
-            rule = f"The rule for '{name}' ({type(module).__name__})"
-            if not isinstance(found, dict):
-                raise TypeError(f"{rule} should return {{name: (Σ sign g, count)}}. Found {type(found).__name__}.")
+            rule = self.rules[type(module)]
+            found = rule(module, inputs, errors)
+            _check_rule(f"The rule for '{name}' ({type(module).__name__})", rule, module, found, this.rows)
             for key, p in self._owned(module).items():
                 if not p.requires_grad:
                     continue
-                if key not in found:
-                    raise KeyError(f"{rule} should cover {key!r}. Found {sorted(found)}.")
-                shapes = [tuple(part.shape) for part in found[key] if isinstance(part, Tensor)]
-                if shapes != [tuple(p.shape), ()]:
-                    raise ValueError(
-                        f"{rule} should give for {key!r} two tensors: Σ sign g over the batch, {tuple(p.shape)}, and "
-                        f"the number of all g ≠ 0, (). Found {shapes}."
-                    )
                 full, (sign_sum, active) = f"{name}.{key}" if name else key, found[key]
                 if full in self._sums:
                     self._sums[full] += sign_sum
@@ -1114,6 +1129,42 @@ class _Pass:
 
     def __post_init__(self) -> None:
         self.layers: dict[str, bool] = {}
+
+
+def _check_rule(who: str, rule: Rule, module: nn.Module, found: Any, rows: int) -> None:
+    """Refuse what a rule should not return, by the rule's, the module's and the parameter's name."""
+    if not isinstance(found, dict):
+        raise TypeError(f"{who} should return {{name: (Σ sign g, count)}}. Found {type(found).__name__}.")
+    if unknown := found.keys() - module._parameters.keys():
+        raise ValueError(f"{who} should cover {sorted(module._parameters)} and no more. Found {sorted(unknown)}.")
+    for key, p in module._parameters.items():
+        if p is None or not p.requires_grad:
+            continue
+        if key not in found:
+            raise KeyError(f"{who} should cover {key!r}. Found {sorted(found)}.")
+        parts = found[key] if isinstance(found[key], tuple | list) else (found[key],)
+        shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+        if shapes != [tuple(p.shape), ()]:
+            raise ValueError(
+                f"{who} should give for {key!r} two tensors: Σ sign g over the batch, {tuple(p.shape)}, and "
+                f"the number of all g ≠ 0, (). Found {type(found[key]).__name__} of {', '.join(map(str, shapes))}."
+            )
+        if getattr(rule, "__module__", "") == __name__:  # those are tested; the check would cost another pass
+            continue
+        total, count = parts[0].double(), parts[1].double()
+        if not (total == total.round()).all() or not (total.abs() <= rows).all():  # neither holds for NaN
+            raise ValueError(
+                f"{who} should give for {key!r} the sum over the batch's {rows} samples of the sign of each one's "
+                f"gradient, `gradients.sign().sum(0)`: whole numbers from {-rows} to {rows}. "
+                f"Found {total.min():g} to {total.max():g}."
+            )
+        least, most = int(total.abs().sum()), rows * p.numel()
+        if count != count.round() or not least <= count <= most:
+            raise ValueError(
+                f"{who} should give for {key!r} the number of non-zero entries of all samples' gradients, "
+                f"`gradients.count_nonzero()`: a whole number, here from Σ |Σ sign g| = {least} to {most}. "
+                f"Found {count:g}."
+            )
 
 
 def _is_torchs_own(module: nn.Module) -> bool:
@@ -1582,7 +1633,16 @@ def train(
     last = settings["evaluate_every"]
     evaluated = np.unique([*range(last, epochs + 1, last), epochs])
     arrays = {name: np.concatenate([result[name] for result in results])[back] for name in results[0]}
-    return Curves(runs, **arrays, evaluated=evaluated)
+    curves = Curves(runs, **arrays, evaluated=evaluated)
+    lost = [run for run, loss in zip(runs, curves.train_loss, strict=True) if not np.isfinite(loss).all()]
+    for name in {run.gate for run in lost if run.gamma} & GATES.keys():
+        if GATES[name].__module__ != __name__:  # of a tested gate it is the learning rate
+            warnings.warn(
+                f"The loss of {sum(run.gate == name for run in lost)} runs with the gate {name!r} is not finite: the "
+                "gate makes NaN or infinity of some sums, or the learning rate is too high.",
+                stacklevel=2,
+            )
+    return curves
 
 
 def check_training(
@@ -1700,6 +1760,16 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def duration(seconds: float) -> str:
+    """A length of time as it is told.
+
+    >>> duration(48.2), duration(200)
+    ('48 s', '3 min 20 s')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
 def with_progress(items: Iterable, total: int, label: str | None) -> Iterator:
     """Pass `items` on, printing how many of `total` are done and about how long the rest takes, every 10 seconds.
 
@@ -1714,7 +1784,7 @@ def with_progress(items: Iterable, total: int, label: str | None) -> Iterator:
         if label and (now - last > 10 or done == total):
             left = (now - start) / done * (total - done)
             print(
-                f"  {label}: {done}/{total} done, {now - start:.0f} s so far, about {left:.0f} s left",
+                f"  {label}: {done}/{total} done, {duration(now - start)} so far, about {duration(left)} left",
                 file=sys.stderr,
                 flush=True,
             )
@@ -2194,27 +2264,29 @@ def write_claims(rows: Sequence[Mapping[str, Any]], folder: Path, *, notebook: s
 def read_table(path: str | os.PathLike, *, made_by: str) -> pd.DataFrame:
     """Read a CSV that another notebook made; errors name the command that makes it.
 
-    Raises FileNotFoundError where it is missing, and ValueError where it is no table, or is not what `manifest.json`
-    beside it says.
+    Raises FileNotFoundError where it is missing, and ValueError where it is no table, or where a `manifest.json` beside
+    it says otherwise or does not list it.
 
     >>> read_table("report/results/full/claims.csv", made_by="03_evaluation").columns[:2].tolist()
     ['id', 'claim']
     """
     path = ROOT / path
-    profile = path.parent.name if path.parent.parent == ROOT / "report" / "results" else "full"
-    command = f"Make it anew: python report/build.py --profile {profile} --only {made_by}"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is not there yet: notebook {made_by} makes it. {command}")
-    manifest = path.with_name("manifest.json")
+    manifest, command = path.with_name("manifest.json"), f"python report/build.py --profile {path.parent.name}"
     if manifest.exists():
         try:
-            expected = json.loads(manifest.read_text(encoding="utf-8"))["results"].get(path.name)
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{manifest} is not a manifest ({error!r}). Make it anew: python report/build.py"
-            ) from error
-        if expected and (problem := result_problem(path, expected)):
-            raise ValueError(f"{problem} {command}")
+            listed = json.loads(manifest.read_text(encoding="utf-8"))
+            made, digest = made_by in listed["notebooks"], listed["results"].get(path.name)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{manifest} is not a manifest ({error!r}). Make it anew: {command}") from error
+        anew = f"Make it anew: {command}" + f" --only {made_by}" * made
+        if digest is None and path.exists():
+            raise ValueError(f"{path} is of an earlier build: manifest.json does not list it. {anew}")
+        if digest and (problem := result_problem(path, digest)):
+            raise ValueError(f"{problem} {anew}")
+    if not path.exists():
+        profile = (ROOT / "report" / "profiles" / path.parent.name).with_suffix(".yaml")
+        how = f"Make it: {command}" if profile.exists() else f"A relative path starts at {ROOT}."
+        raise FileNotFoundError(f"{path} is not there yet: notebook {made_by} makes it. {how}")
     return _read_csv(path)
 
 

@@ -5,8 +5,9 @@
     python report/build.py --profile smoke --only 03   one notebook; the page too, if the others are up to date
     python report/build.py --list                      profiles, notebooks and their parameters
 
-A profile is report/profiles/NAME.yaml, lines of `notebook: {parameter: value}` in the order to run, all checked before
-anything runs; in a value, {results} is the profile's own folder of results. papermill writes the executed notebooks to
+A profile is report/profiles/NAME.yaml, lines of `notebook: {parameter: value}` in the order to run. Names, types and
+bounds are checked before anything runs, and what depends on the data or on earlier results in a notebook's first cell.
+In a value, {results} is the profile's own folder of results. papermill writes the executed notebooks to
 report/executed/NAME/; they write their raw results to report/results/NAME/, where manifest.json says what was run, with
 what, how long it took, and each result's SHA-256. The page comes last and in one step: a build that fails or is killed
 leaves the previous page as it was, and the next one reads from the cache what was trained by then. Results that are not
@@ -44,17 +45,18 @@ from manifest import (
     now,
     raw_results,
     read_manifest,
+    restore,
     results_of,
     sha256,
     write_manifest,
 )
 from nbclient.exceptions import DeadKernelError
-from page import duration, render
+from page import render
 from papermill.exceptions import PapermillExecutionError
 from summary import findings, replica_of, update_readme
 from traitlets.config import Config
 
-from sgsc_lib import parameter_problems, result_problem, write_text
+from sgsc_lib import duration, parameter_problems, result_problem, write_text
 
 KERNEL = Config({"KernelManager": {"transport_encryption": "auto"}})  # no other user of the machine can listen in
 
@@ -268,6 +270,7 @@ def run(place: Place, plan: dict[str, dict[str, Any]], todo: list[str]) -> dict[
         for path in wrote:
             others = [name for name in plan if name != stem and path.name in ran.get(name, {}).get("results", {})]
             if others and path.name != "claims.csv":
+                place.executed(stem).unlink()  # no page is to be made of it
                 raise BuildError(
                     f"{stem} wrote {path.name}, which is a result of {others[0]}. Give it a name of its own, and make "
                     f"the other anew: {command(place.profile, others[0])}"
@@ -313,7 +316,7 @@ def write_page(place: Place, plan: dict[str, dict[str, Any]], ran: dict[str, Any
     said = findings(place.results / "claims.csv", replica_of(place.results))
     html = render({stem: place.executed(stem) for stem in plan}, manifest, data, said)
     if place.profile == "full" and (place.root / "README.md").exists():
-        update_readme(place.root, place.results)
+        update_readme(place.root, place.results, said)
     write_text(html, place.page)
     print(f"{place.page}: {len(html.encode()) / 1e6:.2f} MB")
     return place.page
@@ -342,10 +345,9 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         return 1
     except KeyboardInterrupt:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # the interrupted cell's own traceback tells nothing
-        committed = "; `git restore report README.md` brings back what is committed" * (options.profile == "full")
         print(
-            "\nbuild.py: interrupted. The previous page is left as it was; the results beside it are partly made anew. "
-            f"The same command goes on{committed}.",
+            "\nbuild.py: interrupted. The previous page is left as it was; some of the results beside it may be made "
+            f"anew. The same command goes on. {restore(options.profile)}",
             file=sys.stderr,
         )
         return 130

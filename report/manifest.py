@@ -112,6 +112,11 @@ def command(profile: str, *only: str) -> str:
     return f"python report/build.py --profile {profile}" + (f" --only {only[0]}" if len(only) == 1 else "")
 
 
+def restore(profile: str) -> str:
+    """How to bring back what is committed; empty for a profile of which nothing is."""
+    return "`git restore report README.md` brings back what is committed." if profile == "full" else ""
+
+
 def check_results(folder: Path, results: dict[str, str], ran: dict[str, Any], rerun: str | None = None) -> None:
     """Raise BuildError naming each of the `results` that is not what it was, but for those that only `rerun` writes."""
     problems, makers = [], set()

@@ -28,6 +28,8 @@ from nbconvert.filters import markdown2html_pandoc
 from nbconvert.preprocessors import Preprocessor
 from summary import forest_figure
 
+from sgsc_lib import duration
+
 TEMPLATE = Path(__file__).resolve().parent / "template"
 UPLOT = TEMPLATE / "uplot-1.6.32"  # as the npm registry has it: 50 kB with bands and log scales, where others take 200
 CITATION = TEMPLATE.parent.parent / "CITATION.cff"
@@ -36,12 +38,6 @@ PANDOC = ["--mathml", "--shift-heading-level-by=1", "--wrap=none", "--syntax-hig
 TAGGED = re.compile(r"\$\$((?:(?!\$\$).)+?)\\tag\{([^}]+)\}((?:(?!\$\$).)*)\$\$", re.DOTALL)  # $$ ... \tag{2.1} ... $$
 NUMBER = re.compile(r"[-+−]?[\d,]+(\.\d+)?(e[-+]?\d+)?|–")  # a cell of a column that is set to the right
 REFERENCES = ("", "Figure", "Table", "Equation")  # a link with one of these texts gets the number of what it links to
-
-
-def duration(seconds: float) -> str:
-    """Return e.g. '48 s' or '3 min 20 s'."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def merge(executed: dict[str, Path]) -> nbformat.NotebookNode:

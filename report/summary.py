@@ -11,7 +11,7 @@ import io
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ CONDITIONS = {
 # The short table: claims by id, with both arms tuned, as the card ran them, and at one learning rate.
 SHORT = [
     ("1-before-tuned", "1-card-values", "1-card-common-lr-adam"),
+    ("1r-before-tuned", "1r-card-values", "1r-card-common-lr-adam"),
     ("2-before-tuned", "2-card-values", "2-card-common-lr-adam"),
     ("2f-before-tuned", "2f-card-values", "2f-card-common-lr-adam"),
     ("3-before-tuned", None, None),
@@ -89,14 +90,24 @@ AGAINST = {
     "equivalent": "as accurate within the margin as",
     "inconclusive": "neither clearly more nor clearly less accurate than",
 }
+RISES = {
+    "confirmed": "rises less than Adam's",
+    "contradicted": "rises more than Adam's",
+    "equivalent": "rises as much as Adam's within the margin",
+    "inconclusive": "rises neither clearly less nor clearly more than Adam's",
+}
 NOISE = {
-    "confirmed": "A low c does mark a noisy gradient",
-    "contradicted": "A low c marks a clean gradient, not a noisy one",
-    "inconclusive": "Whether a low c marks a noisy gradient stays open",
+    "confirmed": "marks a noisy gradient",
+    "contradicted": "marks a clean gradient, not a noisy one",
+    "inconclusive": "may or may not mark a noisy gradient",
+}
+NEAR_ZERO = {"confirmed": "below 0.1", "contradicted": "above 0.1", "inconclusive": "not clearly below or above 0.1"}
+RATE = {
+    "confirmed": "lower than Adam's",
+    "contradicted": "higher than Adam's",
+    "inconclusive": "not clearly lower or higher than Adam's",
 }
 
-
-BOLD = r"\*\*(.*?)\*\*"
 OPPOSITE = {"better": "worse", "worse": "better", "confirmed": "contradicted", "contradicted": "confirmed"}
 
 
@@ -125,68 +136,98 @@ def shown(row: Mapping) -> str:
 
 def strength_of(correlation: float) -> str:
     """A word for the size of a correlation."""
-    return next(word for limit, word in ((0.3, "weakly"), (0.6, "moderately"), (2, "strongly")) if correlation < limit)
+    words = ((0.1, "very weakly"), (0.3, "weakly"), (0.6, "moderately"), (2, "strongly"))
+    return next(word for limit, word in words if correlation < limit)
 
 
-def abstract(row: dict[str, dict]) -> list[str]:
-    """The answer in some sentences, from the claims by id; none where a claim that they need was not judged."""
-    tuned = {f"{claim}-tuned" for claim in ("1-before", "2-before", "2f-before", "2-after", "2f-after")}
+def abstract(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
+    """The answer in some sentences, from the claims by id; none where a claim that they need was not judged.
+
+    Where the replica's claims, `there`, hold another verdict, it follows in brackets.
+    """
+    tuned = {f"{claim}-tuned" for claim in ("1-before", "1r-before", "2-before", "2f-before", "3-before", "4-before")}
     given = {f"1-card-{rates}" for rates in ("values", "common-lr-adam", "common-lr-sgsc")}
-    if not {*tuned, *given, "1a-card-values-learning-rate", "5-signal"} <= row.keys():
+    given |= {"1a-card-values-learning-rate", "2-after-tuned", "2f-after-tuned", "5-signal"}
+    if not tuned | given <= row.keys():
         return []
-    verdict = {identity: claim["verdict"] for identity, claim in row.items()}
-    number = {identity: shown(claim) for identity, claim in row.items()}
-    adams, sgscs = (number[f"1-card-common-lr-{arm}"].removeprefix("roughness ") for arm in ("adam", "sgsc"))
-    strength = "" if verdict["5-signal"] != "confirmed" else f", but only {strength_of(row['5-signal']['estimate'])}"
+
+    def said(identity: str, words: Mapping[str, str]) -> str:
+        own, other = row[identity], there.get(identity, row[identity])
+        text = f"**{words[own['verdict']]}**: {shown(own)}"
+        if other["verdict"] != own["verdict"]:
+            text += f" (*replica: {words[other['verdict']]}*: {shown(other)})"
+        return text
 
     def accuracy(condition: str) -> str:
-        test, fresh = f"2-{condition}", f"2f-{condition}"
         return (
-            f"ts test accuracy is {ACCURATE[verdict[test]]}**: {number[test]}; on a fresh draw it is "
-            f"**{ACCURATE[verdict[fresh]]}**: {number[fresh]}."
+            f"its test accuracy is {said(f'2-{condition}', ACCURATE)}; on a fresh draw it is "
+            f"{said(f'2f-{condition}', ACCURATE)}"
         )
 
+    adams, sgscs = (shown(row[f"1-card-common-lr-{arm}"]).removeprefix("roughness ") for arm in ("adam", "sgsc"))
+    signal = row["5-signal"]
+    only = f", but only {strength_of(signal['estimate'])}" if signal["verdict"] == "confirmed" else ""
+    marks, _, correlation = said("5-signal", NOISE).partition(": ")
     return [
-        f"With both tuned alike, **SGSC's training loss is {SMOOTH[verdict['1-before-tuned']]}**: "
-        f"{number['1-before-tuned']}, over {row['1-before-tuned']['n']} paired seeds.",
-        f"**I{accuracy('before-tuned')}",
-        f"With the card's own settings **its loss is {SMOOTH[verdict['1-card-values']]}**: {number['1-card-values']}. "
-        f"The lower learning rate alone makes {number['1a-card-values-learning-rate']}; γ alone makes {adams} at "
-        f"Adam's rate and {sgscs} at SGSC's.",
-        f"**{NOISE[verdict['5-signal']]}**{strength}: its rank correlation with the signal-to-noise ratio is "
-        f"{number['5-signal']}.",
-        f"With the gate after Adam and tuned again, **i{accuracy('after-tuned')}{in_the_map(row)}",
-        *rivals(row),
+        f"With both tuned alike, SGSC's training loss is {said('1-before-tuned', SMOOTH)}, over "
+        f"{row['1-before-tuned']['n']} paired seeds. Over the whole run it {said('1r-before-tuned', RISES)}.",
+        f"So tuned, {accuracy('before-tuned')}.",
+        f"The best γ of {row['3-before-tuned']['n']} independent searches is {said('3-before-tuned', NEAR_ZERO)} on "
+        f"average; SGSC's best learning rate is {said('4-before-tuned', RATE)}.",
+        f"With the card's own settings SGSC's training loss is {said('1-card-values', SMOOTH)}. The lower learning "
+        f"rate alone makes {shown(row['1a-card-values-learning-rate'])}; γ alone makes {adams} at Adam's rate and "
+        f"{sgscs} at SGSC's.",
+        f"A low c {marks}{only}: its rank correlation with the gradient's signal-to-noise ratio is {correlation}.",
+        f"With the gate after Adam and tuned again, {accuracy('after-tuned')}.",
+        *beyond_the_card(row, said),
+        *with_wrong_labels(row, there),
     ]
 
 
-def in_the_map(row: dict[str, dict]) -> str:
-    """What notebook 05 found in the cell of its map that is the study's own setting, if it has one."""
-    if not (cell := row.get("9-sgsc-after-vs-adam-0-128-equal-epochs")):
-        return ""
-    return (
-        " In the same setting as a cell of the map over noise and batch size, after a shorter search, it is on a fresh "
-        f"draw **{AGAINST[cell['verdict']]} Adam**: {shown(cell)}."
-    )
+def beyond_the_card(row: dict[str, dict], said: Callable[[str, Mapping[str, str]], str]) -> list[str]:
+    """Sentences on the gate after Adam where notebook 05 compared it: with its rivals, and over the map's cells."""
+    sentences = []
 
+    def against(rival: str) -> dict[str, str]:
+        return {verdict: f"{words} {rival}" for verdict, words in AGAINST.items()}
 
-def rivals(row: dict[str, dict]) -> list[str]:
-    """The sentence on the gate after Adam against an ordinary rival and its look-alike, if they were compared."""
     told = {"adamw": "AdamW", "after-shuffled-gates": "its gates shuffled over parameters"}
-    ids = [[f"{number}f-sgsc-after-vs-{slug}" for slug in told] for number in (8, 11)]
-    if not {*ids[0], *ids[1]} <= row.keys():
-        return []
-    plain, decaying = (
-        " and ".join(
-            f"**{AGAINST[row[key]['verdict']]} {rival}** ({shown(row[key])})"
-            for key, rival in zip(keys, told.values(), strict=True)
+    plain, decaying = ({f"{number}f-sgsc-after-vs-{slug}": told[slug] for slug in told} for number in (8, 11))
+    if {*plain, *decaying} <= row.keys():
+        without, with_decay = (
+            " and ".join(said(identity, against(rival)) for identity, rival in rivals.items())
+            for rivals in (plain, decaying)
         )
-        for keys in ids
-    )
-    return [
-        f"On a fresh draw, each tuned once more at equal budget, the gate after Adam is {plain}; with cosine decay for "
-        f"all, it is {decaying}."
-    ]
+        sentences.append(
+            f"On a fresh draw, each tuned once more at equal budget, the gate after Adam is {without}. With cosine "
+            f"decay for all, it is {with_decay}."
+        )
+    if (own_cell := "9-sgsc-after-vs-adam-0-128-equal-epochs") in row:
+        sentences.append(
+            "Searched once more for the map over noise and batch size, in the cell that is the study's own setting, "
+            f"the gate after Adam is on a fresh draw {said(own_cell, against('Adam'))}."
+        )
+    return sentences
+
+
+def with_wrong_labels(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
+    """The sentence on the cells of the map in which some training labels are wrong, if there are any."""
+
+    def verdicts(claims: dict[str, dict], rival: str) -> list[str]:
+        cell = re.compile(rf"9-sgsc-after-vs-{rival}-0\.\d+-\d+-equal-epochs")
+        return [claim["verdict"] for identity, claim in claims.items() if cell.fullmatch(identity)]
+
+    parts = []
+    for rival, name in (("adam", "Adam"), ("adam-cosine-decay", "Adam with cosine decay")):
+        here, replica = verdicts(row, rival), verdicts(there, rival)
+        part = f"against {name} **more accurate in {here.count('better')} and less in {here.count('worse')}**"
+        if replica and sorted(replica) != sorted(here):
+            part += f" (*replica: {replica.count('better')} and {replica.count('worse')}*)"
+        parts += [part] if here else []
+    if not parts:
+        return []
+    n = len(verdicts(row, "adam"))
+    return [f"With wrong training labels, of {n} cells of that map, the gate after Adam is {'; '.join(parts)}."]
 
 
 def markdown_table(header: str, rows: list[list[str]]) -> str:
@@ -241,8 +282,8 @@ def firmness(claims: pd.DataFrame, replica: pd.DataFrame) -> str:
         "**Would the same study say the same again?** The *replica* is the whole study run once more, with the same "
         "code, data and seeds, but its sums taken in another order, as vectors of another width do, which changes "
         f"their last bits. Runs then drift apart, and a search may end at another winner. Of {len(both)} verdicts "
-        f"{same.sum()} are the same, {once.sum()} are definite in one of the two alone (better or worse, confirmed or "
-        f"contradicted), {(~same & ~once & ~opposite).sum()} change between equivalent and inconclusive, and "
+        f"{same.sum()} are the same, {once.sum()} are definite in one of the two alone, "
+        f"{(~same & ~once & ~opposite).sum()} change between equivalent and inconclusive, and "
         f"{opposite.sum()} {'is' if opposite.sum() == 1 else 'are'} the opposite{f' ({named})' if named else ''}. The "
         f"replica's estimate lies within this study's 95 % interval in {inside[given].sum()} of {given.sum()} cases on "
         "the card's own hyperparameters, which no search chose, and in "
@@ -251,6 +292,16 @@ def firmness(claims: pd.DataFrame, replica: pd.DataFrame) -> str:
         "evaluated, not of the search that found it. The tables below give the replica's verdict where it differs."
     )
     return said.replace(" %", "\N{NO-BREAK SPACE}%")
+
+
+def alone(claims: pd.DataFrame) -> str:
+    """What the number of verdicts does to them."""
+    definite = claims["verdict"].isin(OPPOSITE).sum()
+    return (
+        f"Each verdict stands for itself, uncorrected for their number: {definite} of the {len(claims)} are definite "
+        f"(better, worse, confirmed or contradicted), where {0.05 * len(claims):.0f} at most would be on average if "
+        "nothing differed."
+    )
 
 
 def findings(claims_csv: Path, replica: pd.DataFrame | None = None) -> str:
@@ -273,7 +324,14 @@ def findings(claims_csv: Path, replica: pd.DataFrame | None = None) -> str:
         differs = identity in there and there[identity]["verdict"] != row[identity]["verdict"]
         return verdict_of(row[identity]) + (f"<br>replica: {verdict_of(there[identity])}" if differs else "")
 
-    short = [[next(row[k] for k in ids if k in row)["claim"], *map(cell, ids)] for ids in SHORT if {*ids} & row.keys()]
+    def where(identity: str | None) -> str:
+        return f"<br>({CONDITIONS.get(row[identity]['setting'], row[identity]['setting'])})" if identity in row else ""
+
+    short = [
+        [next(row[k] for k in ids if k in row)["claim"], *map(cell, ids[:2]), cell(ids[2]) + where(ids[2])]
+        for ids in SHORT
+        if {*ids} & row.keys()
+    ]
     beyond = [[claim, *map(cell, ids)] for claim, ids in BEYOND.items() if {*ids} & row.keys()]
     place = {condition: k for k, condition in enumerate(CONDITIONS)}
     card = sorted(
@@ -288,13 +346,9 @@ def findings(claims_csv: Path, replica: pd.DataFrame | None = None) -> str:
         for c in card
     ]
     whole_header = "| The card's claim | condition | n | estimate, 95 % interval | verdict |"
-    answer = abstract(row)
-    for k, (own, other) in enumerate(zip(answer, abstract(there), strict=False)):
-        if re.findall(BOLD, own) != re.findall(BOLD, other):
-            lower = re.sub(r"\w", lambda first: first[0].lower(), other, count=1)
-            answer[k] += f" *In the replica (see below):* {lower}"
     parts = [
-        "\n".join(f"- {sentence}" for sentence in answer),
+        "\n".join(f"- {sentence}" for sentence in abstract(row, there)),
+        alone(claims),
         "" if replica is None else firmness(claims, replica),
         markdown_table("| The card's claim | both tuned | at the card's settings | at one learning rate |", short),
         markdown_table("| Beyond the card, all tuned anew (notebook 05) | on the test set | on a fresh draw |", beyond),
@@ -369,11 +423,14 @@ def forest_figure(comparisons_csv: Path) -> str:
     )
 
 
-def readme(text: str, results: Path) -> tuple[str, str]:
-    """The README with what the results say between its marks, and its figure as SVG, white behind for a dark page."""
+def readme(text: str, results: Path, said: str) -> tuple[str, str]:
+    """The README with what the results say between its marks, and its figure as SVG, white behind for a dark page.
+
+    `said` are the `findings`.
+    """
     svg, caption, alt = forest(results / "comparisons.csv", facecolor="white", transparent=False)
     picture = f'<img src="{FIGURE}" alt="{html.escape(alt)}">\n\n{caption}'
-    sentences, tables = findings(results / "claims.csv", replica_of(results)).split("\n\n", 1)
+    sentences, tables = said.split("\n\n", 1)
     training = [entry["training"] for entry in read_manifest(results)["notebooks"].values()]
     minutes = sum(trained["seconds"] for trained in training) / 60
     machines = " and ".join(sorted({trained["machine"] for trained in training}))
@@ -386,8 +443,8 @@ def readme(text: str, results: Path) -> tuple[str, str]:
     return text, svg
 
 
-def update_readme(root: Path, results: Path) -> None:
-    """Put what the results say into the README and its figure."""
-    text, svg = readme((root / "README.md").read_text(encoding="utf-8"), results)
+def update_readme(root: Path, results: Path, said: str) -> None:
+    """Put what the results say, `said` in words, into the README and its figure."""
+    text, svg = readme((root / "README.md").read_text(encoding="utf-8"), results, said)
     write_text(text, root / "README.md")
     write_text(svg, root / FIGURE)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from build import Place
-from manifest import LIBRARY, ROOT, BuildError, check_results, command, environment, read_manifest, sha256
+from manifest import LIBRARY, ROOT, BuildError, check_results, command, environment, read_manifest, restore, sha256
 
 from sgsc_lib import Run, draw_mnist1d, load_mnist1d, train
 
@@ -84,7 +84,7 @@ def verify_first_epochs(place: Place, manifest: dict[str, Any]) -> bool:
     good = len(away) > 0 and bool((away <= FIRST_EPOCH).all())
     print(
         f"The first epoch of {len(runs)} runs, {len(away)} cells of factorial_curves.csv: mean losses differ by "
-        f"{away.max(skipna=False):.1e} of their value at most (tolerance {FIRST_EPOCH})"
+        f"{away.max(skipna=False):.1e} of their value at most (float32 holds 6e-08; tolerance {FIRST_EPOCH})"
         f"{'' if good else ': NOT REPRODUCED'}."
     )
     return good
@@ -98,7 +98,8 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument("--profile", default="full", help="whose results to check (default: full)")
     start = time.monotonic()
     try:
-        place = Place(parser.parse_args(argv).profile, root)
+        profile = parser.parse_args(argv).profile
+        place = Place(profile, root)
         manifest = read_manifest(place.results)
         if not manifest["results"]:
             raise BuildError(f"there are no results in {place.results} yet. Make them: {command(place.profile)}")
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
             print(f"They were made with another arithmetic: {told or 'other versions'}.")
         good = [check(place, manifest) for check in (verify_whole_runs, verify_first_epochs)]
     except (BuildError, OSError) as error:
-        print(f"verify.py: {error}", file=sys.stderr)
+        print(f"verify.py: {error}\n{restore(profile)}".rstrip(), file=sys.stderr)
         return 1
     print(f"{'Reproduced' if all(good) else 'Not reproduced'}, in {time.monotonic() - start:.0f} s.")
     return 0 if all(good) else 1

@@ -685,6 +685,41 @@ def test_what_is_no_sum_and_count_is_refused_by_the_rules_name(monkeypatch, retu
         measured(model, x, y)
 
 
+def signs_and_counts(module, inputs, errors):
+    gradients = {"weight": torch.einsum("bo,bi->boi", errors, inputs), "bias": errors}
+    return {name: (g.sign().sum(0), g.count_nonzero()) for name, g in gradients.items()}
+
+
+@pytest.mark.parametrize(
+    ("mistaken", "message"),
+    [
+        (lambda total, count: (total / 16, count), "whole numbers from -16 to 16"),  # .mean(0) for .sum(0)
+        (lambda total, count: (total * 17, count), "whole numbers from -16 to 16"),
+        (lambda total, count: (total * math.nan, count), "Found nan to nan"),
+        (lambda total, count: (total, torch.tensor(0)), "a whole number, here from"),
+        (lambda total, count: (total, count * 100), "a whole number, here from"),
+        (lambda total, count: (total, count - 0.5), "a whole number, here from"),
+        (lambda total, count: total, "Found Tensor of"),
+    ],
+)
+def test_the_numbers_of_another_s_rule_are_checked(monkeypatch, mistaken, message):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 8), nn.ReLU(), nn.Linear(8, 10))
+    x, y = torch.randn(16, 40), torch.arange(16) % 10
+
+    def rule(module, inputs, errors):
+        return {name: mistaken(*found) for name, found in signs_and_counts(module, inputs, errors).items()}
+
+    monkeypatch.setitem(SGSC.rules, nn.Linear, signs_and_counts)
+    assert_consistency(measured(model, x, y), per_sample_gradients(model, x, y))
+    monkeypatch.setitem(SGSC.rules, nn.Linear, rule)
+    with pytest.raises(ValueError, match=rf"The rule for '2' \(Linear\) should give for 'weight' .*{message}"):
+        measured(model, x, y)
+    monkeypatch.setitem(SGSC.rules, nn.Linear, lambda *given: signs_and_counts(*given) | {"wieght": (x, y)})
+    with pytest.raises(ValueError, match=r"should cover \['bias', 'weight'\] and no more. Found \['wieght'\]"):
+        measured(model, x, y)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Refusals: the module's name, the reason and the way out
 # ----------------------------------------------------------------------------------------------------------------------

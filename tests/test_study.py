@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import math
 import os
 import platform
@@ -501,10 +502,17 @@ def test_a_worker_ends_with_the_process_it_works_for():
         (lambda sign, *, batch_size: sign, TypeError, "keywords `batch_size` and `gamma`"),
         (lambda sign, batch_size, gamma: sign, TypeError, "keywords `batch_size` and `gamma`"),
         (lambda cube, *, batch_size, gamma: cube, ValueError, "should be of total, sign, .* Found cube"),
-        (lambda sign, *, batch_size, gamma: sign.mean(), ValueError, r"should return \[R, \*shape\].* Found \(\)"),
+        (lambda sign, *, batch_size, gamma: sign.mean(), ValueError, r"should return \[R, \*shape\].* Found \(\(\),"),
         (lambda sign, *, batch_size, gamma: sign - sign.mean(), ValueError, "should not mix runs"),
         (lambda sign, *, batch_size, gamma: sign * math.nan, ValueError, "finite numbers of its sums. Found NaN"),
-        (lambda active, *, batch_size, gamma: 1 / active, ValueError, "where no sample has a gradient, which are 0"),
+        (
+            lambda active, *, batch_size, gamma: 1 / active,
+            ValueError,
+            "where no sample has a gradient, which are all 0",
+        ),
+        (lambda total, square, *, batch_size, gamma: total**2 / square.clamp(min=1e-70), ValueError, "NaN or infinity"),
+        (lambda sign, *, batch_size, gamma: sign.double(), ValueError, r"in the dtype of its sums.* Found .*float64"),
+        (lambda sign, *, batch_size, gamma: sign * sign.mean((1, 2), keepdim=True), ValueError, r"here \(2, 5\)"),
         (lambda sign, *, batch_size, gamma: sign * gamma, ValueError, r"`gamma` \[R\]; align_runs\(gamma, sum\)"),
     ],
 )
@@ -512,6 +520,15 @@ def test_what_is_no_gate_is_refused_before_any_training(small, monkeypatch, gate
     monkeypatch.setitem(sgsc_lib.GATES, "mine", gate)
     with pytest.raises(error, match=message):
         train([Run(0, 0.1, 1.0, gate="mine")], small, n_jobs=1, **SHORT)
+
+
+def test_a_gate_whose_loss_is_lost_in_training_is_named(small, monkeypatch):
+    def mine(total, *, batch_size, gamma):  # finite on every small sum that the check tries
+        return torch.where(total.abs() < 1e-3, torch.nan, 1.0) if total.shape[-1] > 5 else torch.ones_like(total)
+
+    monkeypatch.setitem(sgsc_lib.GATES, "mine", mine)
+    with pytest.warns(UserWarning, match="The loss of 1 runs with the gate 'mine' is not finite"):
+        train([Run(0, 0.1, 1.0, gate="mine"), Run(0, 0.1)], small, n_jobs=1, **SHORT)
 
 
 def test_trials_without_validation_rows_are_refused(tmp_path):
@@ -742,8 +759,16 @@ def test_tables_are_written_whole_and_a_missing_one_names_its_maker(tmp_path):
     sgsc_lib.write_table(frame, tmp_path / "t.csv")
     assert sgsc_lib.read_table(tmp_path / "t.csv", made_by="02")["x"].tolist() == frame["x"].tolist()
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
-    with pytest.raises(FileNotFoundError, match=r"build\.py --profile full --only 02_tuning"):
+    with pytest.raises(FileNotFoundError, match=r"02_tuning makes it\. A relative path starts at "):
         sgsc_lib.read_table(tmp_path / "none.csv", made_by="02_tuning")
+    with pytest.raises(
+        FileNotFoundError, match=r"02_tuning makes it\. Make it: python report/build\.py --profile quick$"
+    ):
+        sgsc_lib.read_table("report/results/quick/none.csv", made_by="02_tuning")
+    manifest = {"notebooks": {"02_tuning": {}}, "results": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"t\.csv is of an earlier build: .* --only 02_tuning$"):
+        sgsc_lib.read_table(tmp_path / "t.csv", made_by="02_tuning")
 
 
 def test_claims_are_replaced_by_notebook(tmp_path):
