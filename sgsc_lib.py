@@ -1142,7 +1142,7 @@ def _check_rule(who: str, rule: Rule, module: nn.Module, found: Any, rows: int) 
             continue
         if key not in found:
             raise KeyError(f"{who} should cover {key!r}. Found {sorted(found)}.")
-        parts = found[key] if isinstance(found[key], tuple | list) else (found[key],)
+        parts: Sequence[Any] = found[key] if isinstance(found[key], tuple | list) else (found[key],)
         shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
         if shapes != [tuple(p.shape), ()]:
             raise ValueError(
