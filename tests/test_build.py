@@ -480,7 +480,13 @@ def test_verify_trains_the_results_again_and_notices_a_number_that_nothing_train
         (results / "manifest.json").write_text(manifest)
     shutil.rmtree(results)
     assert verify.main(["--profile", "smoke"], tmp_path) == 1
-    assert "python report/build.py --profile smoke" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "python report/build.py --profile smoke" in error and "git restore" not in error
+    committed = results.with_name("full")
+    committed.mkdir()
+    (committed / "manifest.json").write_text(json.dumps({"notebooks": {}, "results": {"evaluation.csv": "0"}}))
+    assert verify.main(["--profile", "full"], tmp_path) == 1
+    assert "`git restore report README.md` brings back what is committed." in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
