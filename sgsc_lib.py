@@ -541,23 +541,25 @@ def check_gate(name: str, gate: Gate) -> None:
 
     >>> check_gate("half", lambda sign: sign / 2)
     Traceback (most recent call last):
-    TypeError: The gate 'half' should have the keywords `batch_size` and `gamma`, used or not. Found (sign).
+    TypeError: The gate 'half' should have, after its sums and a `*`, the keywords `batch_size` and `gamma`, used or \
+not, like (sign, *, batch_size, gamma). Found (sign).
     """
     signature = inspect.signature(gate)
     keywords = {p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
     if not {"batch_size", "gamma"} <= keywords:
         raise TypeError(
-            f"The gate {name!r} should have the keywords `batch_size` and `gamma`, used or not. Found {signature}."
+            f"The gate {name!r} should have, after its sums and a `*`, the keywords `batch_size` and `gamma`, used or "
+            f"not, like (sign, *, batch_size, gamma). Found {signature}."
         )
     if unknown := set(sums_of(gate)) - {"total", *SUMS}:
         raise ValueError(
             f"The sums of the gate {name!r} should be of {', '.join(['total', *SUMS])}. Found {', '.join(unknown)}."
         )
-    for shape in (3, 4), (5,):  # a weight's and a bias's
-        _try_gate(name, gate, shape)
+    for which, shape in (("a weight's", (3, 4)), ("a bias's", (5,))):
+        _try_gate(name, gate, which, shape)
 
 
-def _try_gate(name: str, gate: Gate, shape: tuple[int, ...]) -> None:
+def _try_gate(name: str, gate: Gate, which: str, shape: tuple[int, ...]) -> None:
     """Check a gate on two runs' sums over 8 samples, among them entries that all, one or none of the samples move."""
     g = torch.randn(8, 2, *shape, generator=torch.Generator().manual_seed(0))  # [B, R, *shape]
     g[..., 0], g[1:, ..., 1], g[..., 2] = g[..., 0].abs(), 0.0, g[..., 2] * 1e-30  # whose square is 0 in float32
@@ -567,25 +569,25 @@ def _try_gate(name: str, gate: Gate, shape: tuple[int, ...]) -> None:
         sums = [g.sum(0) if kind == "total" else SUMS[kind](g).sum(0) for kind in sums_of(gate)]
         return gate(*(s[:runs] for s in sums), batch_size=8, gamma=gamma[:runs])
 
-    whole = (2, *shape)
+    expected = (2, *shape)
     try:
         both, first, silent = gates(g), gates(g, 1), gates(torch.zeros_like(g))
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, TypeError) as error:
         raise ValueError(
-            f"The gate {name!r} should take sums [R, *shape], here {whole}, and `gamma` [R]; align_runs(gamma, sum) "
-            f"shapes that to broadcast. Found: {error}"
+            f"The gate {name!r} should take sums [R, *shape], here {which} {expected}, and `gamma` [R]; "
+            f"align_runs(gamma, sum) shapes that to broadcast, and sum.flatten(1) reduces any shape. Found: {error}"
         ) from error
     found = (tuple(both.shape), both.dtype) if isinstance(both, Tensor) else type(both).__name__
-    if found != (whole, torch.float32):
+    if found != (expected, torch.float32):
         raise ValueError(
-            f"The gate {name!r} should return [R, *shape] in the dtype of its sums, here {whole}, torch.float32; "
+            f"The gate {name!r} should return [R, *shape] in the dtype of its sums, here {expected}, torch.float32; "
             f"align_runs(gamma, sum) has that dtype, `gamma` is float64. Found {found}."
         )
     for made, where in (both, "its sums"), (silent, "its sums where no sample has a gradient, which are all 0"):
         if not made.isfinite().all():
             raise ValueError(
-                f"The gate {name!r} should make finite numbers of {where}. Found NaN or infinity: a sum may be 0 where "
-                "you divide by it, which `whole.clamp(min=1)` or torch.where avoids."
+                f"The gate {name!r} should make finite numbers of {where}. Found NaN or infinity. Where it divides by "
+                "a sum that may be 0: torch.where(whole > 0, part / whole, 0)."
             )
     if not torch.allclose(both[:1], first):
         raise ValueError(f"The gate {name!r} should not mix runs: reduce over the axes after the first only.")
@@ -992,8 +994,8 @@ class SGSC:
                 samples = int(total)
             if not samples:
                 raise RuntimeError(
-                    "No statistic yet: call loss.backward() first. A model compiled and run before SGSC "
-                    "was built runs without its hooks: build SGSC first, then compile."
+                    "No statistic yet: call loss.backward() first, on a forward pass made after SGSC was built. A "
+                    "model compiled and run before that runs without its hooks: build SGSC first, then compile."
                 )
             for name, p in parameters.items():
                 if name not in self._sums and p.grad is not None and not active[name] and p.grad.any():
@@ -2285,7 +2287,9 @@ def read_table(path: str | os.PathLike, *, made_by: str) -> pd.DataFrame:
             raise ValueError(f"{problem} {anew}")
     if not path.exists():
         profile = (ROOT / "report" / "profiles" / path.parent.name).with_suffix(".yaml")
-        how = f"Make it: {command}" if profile.exists() else f"A relative path starts at {ROOT}."
+        how = f"A relative path starts at {ROOT}."
+        if profile.exists():
+            how = f"Make it: {command}, where {made_by} stands before this notebook in {profile.relative_to(ROOT)}."
         raise FileNotFoundError(f"{path} is not there yet: notebook {made_by} makes it. {how}")
     return _read_csv(path)
 

@@ -219,7 +219,8 @@ def run_notebook(place: Place, stem: str, parameters: dict[str, Any]) -> None:
             what = "the kernel died (out of memory, or a crash in compiled code)."
         else:
             what = f"{error.ename}: {error.evalue}"
-            print(error, file=sys.stderr)  # the traceback
+            if "check_parameters(" not in ran[-1].source:  # such a cell says what is wrong in words
+                print(error, file=sys.stderr)  # the traceback
         raise BuildError(f"{stem}, cell {number}: {what}\nThe notebook as far as it came: {output}") from None
     output.replace(executed)
 
@@ -337,7 +338,8 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         else:
             build(options.profile, options.only, root)
     except BuildError as error:
-        print(f"build.py: {error}\nThe previous page is left as it was.", file=sys.stderr)
+        kept = "" if options.list else f"\nThe previous page is left as it was. {restore(options.profile)}"
+        print(f"build.py: {error}{kept}".rstrip(), file=sys.stderr)
         return 1
     except OSError as error:  # a full disk, a folder that cannot be written
         where = f": {error.filename}" if error.filename else ""

@@ -52,6 +52,7 @@ SHORT = [
 
 # What notebook 05 compares: claims by id, on the test set and on the fresh draw, each arm tuned at the same budget.
 BEYOND = {
+    "SGSC before Adam against Adam": ("7-sgsc-before", "7f-sgsc-before"),
     "SGSC after Adam against Adam": ("7-sgsc-after", "7f-sgsc-after"),
     **{
         f"SGSC after Adam{', both with cosine decay,' if number == 11 else ''} against {rival}": (
@@ -202,10 +203,16 @@ def beyond_the_card(row: dict[str, dict], said: Callable[[str, Mapping[str, str]
             f"On a fresh draw, each tuned once more at equal budget, the gate after Adam is {without}. With cosine "
             f"decay for all, it is {with_decay}."
         )
-    if (own_cell := "9-sgsc-after-vs-adam-0-128-equal-epochs") in row:
+    again = [[f"7f-sgsc-{place}", f"9-sgsc-{place}-vs-adam-0-128-equal-epochs"] for place in ("before", "after")]
+    if {*again[0], *again[1]} <= row.keys():
+        words = {verdict: told.removesuffix(" than").removesuffix(" as") for verdict, told in AGAINST.items()}
+        before, after = (
+            f"{said(contest, words)} in the contest and {said(cell, words)} in the map" for contest, cell in again
+        )
         sentences.append(
-            "Searched once more for the map over noise and batch size, in the cell that is the study's own setting, "
-            f"the gate after Adam is on a fresh draw {said(own_cell, against('Adam'))}."
+            "Both comparisons with Adam were searched twice more in notebook 05: for its contest, and for the cell of "
+            "its map over noise and batch size that is the study's own. On a fresh draw the gate before Adam is "
+            f"{before}; the gate after Adam is {after}."
         )
     return sentences
 
@@ -345,14 +352,14 @@ def findings(claims_csv: Path, replica: pd.DataFrame | None = None) -> str:
         ]
         for c in card
     ]
-    whole_header = "| The card's claim | condition | n | estimate, 95 % interval | verdict |"
+    whole_header = "| The card's claim, before Adam | condition | n | estimate, 95 % interval | verdict |"
     parts = [
         "\n".join(f"- {sentence}" for sentence in abstract(row, there)),
         alone(claims),
         "" if replica is None else firmness(claims, replica),
         markdown_table("| The card's claim | both tuned | at the card's settings | at one learning rate |", short),
         markdown_table("| Beyond the card, all tuned anew (notebook 05) | on the test set | on a fresh draw |", beyond),
-        f"<details>\n<summary>Every verdict on the card's claims ({len(whole)})</summary>",
+        f"<details>\n<summary>Every verdict on the card's claims, the gate before Adam ({len(whole)})</summary>",
         markdown_table(whole_header + (" replica |" if there else ""), whole),
         "</details>",
     ]

@@ -382,7 +382,9 @@ def test_a_sentence_and_the_second_table_say_what_the_finalists_did(tmp_path, ve
 @pytest.mark.parametrize(("verdict", "words"), summary.AGAINST.items())
 def test_the_answer_names_the_maps_own_cell(tmp_path, verdict, words):
     path = claims_with(tmp_path, **{"claim_9_sgsc_after_vs_adam_0_128_equal_epochs": verdict})
-    assert f"the gate after Adam is on a fresh draw **{words} Adam**" in summary.findings(path).splitlines()[7]
+    words = words.removesuffix(" than").removesuffix(" as")
+    after = summary.findings(path).splitlines()[7].split("the gate after Adam is ")[1]
+    assert f"] in the contest and **{words}**: " in after and after.endswith("] in the map.")
 
 
 def test_a_replicas_other_verdicts_stand_beside_the_studys(tmp_path):

@@ -36,25 +36,43 @@ def test_notebooks_are_committed_clean_and_small(path):
     code = [cell for cell in cells if cell.cell_type == "code"]
     assert all(not cell.outputs and cell.execution_count is None for cell in code), "run `nbstripout` on it"
     head = cells[0].source if cells[0].cell_type == "markdown" else ""
-    assert head.startswith("# ") and "**Question.**" in head, f"{path.name} should begin with a title and **Question.**"
-    assert max(len(cell.source.splitlines()) for cell in code) <= 35
+    assert head.startswith("# "), f"{path.name} should begin with a title"
+    assert "**Question.**" in head, f"{path.name} should have **Question.** below its title"
     for text in ("What this shows, and what it does not", "**Try this.**"):
         assert text in cells[-1].source, f"the last cell of {path.name} should hold {text!r}, as README.md says"
-    assert not re.search(r"sys\.path|os\.chdir|^[!%]", "\n".join(cell.source for cell in code), re.MULTILINE)
+    for cell in code:
+        lines = cell.source.splitlines()
+        assert len(lines) <= 35, f"a cell should have at most 35 lines. {lines[0]!r} has {len(lines)}: cut it in two"
+        found = re.search(r"sys\.path|os\.chdir|^[!%]", cell.source, re.MULTILINE)
+        assert not found, f"{found[0]!r} changes what other cells mean; relative paths start at the project's root"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_every_parameter_has_a_type_a_default_and_help(path):
     source = nbformat.read(path, as_version=4)
-    lines = next(cell.source for cell in source.cells if "parameters" in cell.metadata.get("tags", [])).splitlines()
+    tagged = [cell.source for cell in source.cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1, (
+        f"one cell of {path.name}, the second, should have the tag `parameters`. {len(tagged)} have"
+    )
     declared = papermill.inspect_notebook(path)
-    assert len(declared) == len(lines), "papermill does not read every line"
+    assert len(declared) == len(tagged[0].splitlines()), "a parameter should take one line, and a line hold one"
     for name, parameter in declared.items():
-        assert parameter["inferred_type_name"] in {"int", "float", "str", "bool", "list[int]", "list[float]"}, name
-        assert parameter["help"] and parameter["default"], name
+        known = parameter["inferred_type_name"] in {"int", "float", "str", "bool", "list[int]", "list[float]"}
+        assert known and parameter["help"] and parameter["default"], (
+            f"`{name}` should read name: type = default  # help"
+        )
     checked = re.search(r"check_parameters\(globals\(\), (.*)\)", "\n".join(cell.source for cell in source.cells))
     for name, least in re.findall(r"(\w+)=\(?(\d+)", checked[1] if checked else ""):
-        assert int(least) < 2 or re.search(rf"(at least|a multiple of) {least}\b", declared[name]["help"]), name
+        assert name in declared, f"check_parameters has a bound for {name!r}, which is no parameter"
+        said = re.search(rf"(at least|a multiple of) {least}\b", declared[name]["help"])
+        assert int(least) < 2 or said, f"the help of `{name}` should say 'at least {least}', as check_parameters does"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_that_trains_by_itself_does_so_on_one_thread(path):
+    code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    trains = any(".backward()" in source for source in code)
+    assert not trains or any("torch.set_num_threads(1)" in source for source in code), "more add up in another order"
 
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

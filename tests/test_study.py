@@ -499,8 +499,8 @@ def test_a_worker_ends_with_the_process_it_works_for():
 @pytest.mark.parametrize(
     ("gate", "error", "message"),
     [
-        (lambda sign, *, batch_size: sign, TypeError, "keywords `batch_size` and `gamma`"),
-        (lambda sign, batch_size, gamma: sign, TypeError, "keywords `batch_size` and `gamma`"),
+        (lambda sign, *, batch_size: sign, TypeError, r"a `\*`, the keywords `batch_size` and `gamma`"),
+        (lambda sign, batch_size, gamma: sign, TypeError, r"a `\*`, the keywords `batch_size` and `gamma`"),
         (lambda cube, *, batch_size, gamma: cube, ValueError, "should be of total, sign, .* Found cube"),
         (lambda sign, *, batch_size, gamma: sign.mean(), ValueError, r"should return \[R, \*shape\].* Found \(\(\),"),
         (lambda sign, *, batch_size, gamma: sign - sign.mean(), ValueError, "should not mix runs"),
@@ -512,7 +512,11 @@ def test_a_worker_ends_with_the_process_it_works_for():
         ),
         (lambda total, square, *, batch_size, gamma: total**2 / square.clamp(min=1e-70), ValueError, "NaN or infinity"),
         (lambda sign, *, batch_size, gamma: sign.double(), ValueError, r"in the dtype of its sums.* Found .*float64"),
-        (lambda sign, *, batch_size, gamma: sign * sign.mean((1, 2), keepdim=True), ValueError, r"here \(2, 5\)"),
+        (
+            lambda sign, *, batch_size, gamma: sign * sign.mean((1, 2), keepdim=True),
+            ValueError,
+            r"here a bias's \(2, 5\)",
+        ),
         (lambda sign, *, batch_size, gamma: sign * gamma, ValueError, r"`gamma` \[R\]; align_runs\(gamma, sum\)"),
     ],
 )
@@ -761,9 +765,7 @@ def test_tables_are_written_whole_and_a_missing_one_names_its_maker(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
     with pytest.raises(FileNotFoundError, match=r"02_tuning makes it\. A relative path starts at "):
         sgsc_lib.read_table(tmp_path / "none.csv", made_by="02_tuning")
-    with pytest.raises(
-        FileNotFoundError, match=r"02_tuning makes it\. Make it: python report/build\.py --profile quick$"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"Make it: python report/build\.py --profile quick, where 02_tuning"):
         sgsc_lib.read_table("report/results/quick/none.csv", made_by="02_tuning")
     manifest = {"notebooks": {"02_tuning": {}}, "results": {}}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
