@@ -1638,7 +1638,7 @@ def train(
     curves = Curves(runs, **arrays, evaluated=evaluated)
     lost = [run for run, loss in zip(runs, curves.train_loss, strict=True) if not np.isfinite(loss).all()]
     for name in {run.gate for run in lost if run.gamma} & GATES.keys():
-        if GATES[name].__module__ != __name__:  # of a tested gate it is the learning rate
+        if getattr(GATES[name], "__module__", "") != __name__:  # of a tested gate it is the learning rate
             warnings.warn(
                 f"The loss of {sum(run.gate == name for run in lost)} runs with the gate {name!r} is not finite: the "
                 "gate makes NaN or infinity of some sums, or the learning rate is too high.",
