@@ -560,18 +560,23 @@ not, like (sign, *, batch_size, gamma). Found (sign).
 
 
 def _try_gate(name: str, gate: Gate, which: str, shape: tuple[int, ...]) -> None:
-    """Check a gate on two runs' sums over 8 samples, among them entries that all, one or none of the samples move."""
+    """Check a gate on the sums of two unlike runs over 8 samples, with entries that all, one or none of them move."""
     g = torch.randn(8, 2, *shape, generator=torch.Generator().manual_seed(0))  # [B, R, *shape]
-    g[..., 0], g[1:, ..., 1], g[..., 2] = g[..., 0].abs(), 0.0, g[..., 2] * 1e-30  # whose square is 0 in float32
-    gamma = torch.full((2,), 0.5, dtype=torch.float64)
+    g[1:, ..., 1], g[..., 2] = 0.0, g[..., 2] * 1e-30  # whose square is 0 in float32
+    g[:, 0, ..., 0], g[:, 1] = g[:, 0, ..., 0].abs(), 100 * g[:, 1]
+    gamma = torch.tensor([0.5, 0.25], dtype=torch.float64)
+    kinds, expected = sums_of(gate), (2, *shape)
 
-    def gates(g: Tensor, runs: int = 2) -> Tensor:
-        sums = [g.sum(0) if kind == "total" else SUMS[kind](g).sum(0) for kind in sums_of(gate)]
-        return gate(*(s[:runs] for s in sums), batch_size=8, gamma=gamma[:runs])
+    def sums(g: Tensor) -> list[Tensor]:
+        return [g.sum(0) if kind == "total" else SUMS[kind](g).sum(0) for kind in kinds]
 
-    expected = (2, *shape)
+    def gates(given: list[Tensor], runs: slice = slice(2)) -> Tensor:
+        return gate(*(part[runs] for part in given), batch_size=8, gamma=gamma[runs])
+
+    given = sums(g)
     try:
-        both, first, silent = gates(g), gates(g, 1), gates(torch.zeros_like(g))
+        both, again, silent = gates(given), gates(sums(g)), gates(sums(torch.zeros_like(g)))
+        alone = [gates(sums(g), slice(r, r + 1)) for r in range(2)]
     except (RuntimeError, IndexError, TypeError) as error:
         raise ValueError(
             f"The gate {name!r} should take sums [R, *shape], here {which} {expected}, and `gamma` [R]; "
@@ -580,8 +585,8 @@ def _try_gate(name: str, gate: Gate, which: str, shape: tuple[int, ...]) -> None
     found = (tuple(both.shape), both.dtype) if isinstance(both, Tensor) else type(both).__name__
     if found != (expected, torch.float32):
         raise ValueError(
-            f"The gate {name!r} should return [R, *shape] in the dtype of its sums, here {expected}, torch.float32; "
-            f"align_runs(gamma, sum) has that dtype, `gamma` is float64. Found {found}."
+            f"The gate {name!r} should return [R, *shape] in the dtype of its sums, here {expected}, torch.float32, as "
+            f"gate.expand_as(sum) and gate.to(sum.dtype) make it; `gamma` is float64. Found {found}."
         )
     for made, where in (both, "its sums"), (silent, "its sums where no sample has a gradient, which are all 0"):
         if not made.isfinite().all():
@@ -589,8 +594,15 @@ def _try_gate(name: str, gate: Gate, which: str, shape: tuple[int, ...]) -> None
                 f"The gate {name!r} should make finite numbers of {where}. Found NaN or infinity. Where it divides by "
                 "a sum that may be 0: torch.where(whole > 0, part / whole, 0)."
             )
-    if not torch.allclose(both[:1], first):
-        raise ValueError(f"The gate {name!r} should not mix runs: reduce over the axes after the first only.")
+    if not all(map(torch.equal, given, sums(g))):
+        raise ValueError(f"The gate {name!r} should leave its sums as they are. Found them changed in place.")
+    if not torch.equal(both, again):
+        raise ValueError(f"The gate {name!r} should make the same of the same sums. Found other numbers: is it random?")
+    if not torch.allclose(both, torch.cat(alone)):
+        raise ValueError(
+            f"The gate {name!r} should not mix runs: reduce over the axes after the first only, and give each run its "
+            "own γ, as align_runs(gamma, sum) does."
+        )
 
 
 # ======================================================================================================================
@@ -2263,6 +2275,17 @@ def write_claims(rows: Sequence[Mapping[str, Any]], folder: Path, *, notebook: s
     return own[own["notebook"] == notebook]
 
 
+def build_command(profile: str) -> str:
+    """The command that builds a profile, by the Python that runs this, if it is the project's own.
+
+    >>> build_command("smoke").endswith("python report/build.py --profile smoke")
+    True
+    """
+    interpreter = Path(sys.executable)
+    own = interpreter.is_relative_to(ROOT)
+    return f"{interpreter.relative_to(ROOT) if own else 'python'} report/build.py --profile {profile}"
+
+
 def read_table(path: str | os.PathLike, *, made_by: str) -> pd.DataFrame:
     """Read a CSV that another notebook made; errors name the command that makes it.
 
@@ -2273,23 +2296,22 @@ def read_table(path: str | os.PathLike, *, made_by: str) -> pd.DataFrame:
     ['id', 'claim']
     """
     path = ROOT / path
-    manifest, command = path.with_name("manifest.json"), f"python report/build.py --profile {path.parent.name}"
+    manifest, command = path.with_name("manifest.json"), build_command(path.parent.name)
+    profile = ROOT / "report" / "profiles" / f"{path.parent.name}.yaml"
+    order = f"where {made_by} stands before this notebook in {profile.relative_to(ROOT)}."
     if manifest.exists():
         try:
             listed = json.loads(manifest.read_text(encoding="utf-8"))
             made, digest = made_by in listed["notebooks"], listed["results"].get(path.name)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{manifest} is not a manifest ({error!r}). Make it anew: {command}") from error
-        anew = f"Make it anew: {command}" + f" --only {made_by}" * made
         if digest is None and path.exists():
-            raise ValueError(f"{path} is of an earlier build: manifest.json does not list it. {anew}")
+            anew = f"{command} --only {made_by}" if made else f"{command}, {order}"
+            raise ValueError(f"{path} is of an earlier build: manifest.json does not list it. Make it anew: {anew}")
         if digest and (problem := result_problem(path, digest)):
-            raise ValueError(f"{problem} {anew}")
+            raise ValueError(f"{problem} Make it anew: {command}" + f" --only {made_by}" * made)
     if not path.exists():
-        profile = (ROOT / "report" / "profiles" / path.parent.name).with_suffix(".yaml")
-        how = f"A relative path starts at {ROOT}."
-        if profile.exists():
-            how = f"Make it: {command}, where {made_by} stands before this notebook in {profile.relative_to(ROOT)}."
+        how = f"Make it: {command}, {order}" if profile.exists() else f"A relative path starts at {ROOT}."
         raise FileNotFoundError(f"{path} is not there yet: notebook {made_by} makes it. {how}")
     return _read_csv(path)
 

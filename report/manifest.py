@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from sgsc_lib import CACHE, DATA_SHA256, arithmetic, result_problem, write_text
+from sgsc_lib import CACHE, DATA_SHA256, arithmetic, build_command, result_problem, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "sgsc_lib.py"
@@ -109,7 +109,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def command(profile: str, *only: str) -> str:
-    return f"python report/build.py --profile {profile}" + (f" --only {only[0]}" if len(only) == 1 else "")
+    return build_command(profile) + (f" --only {only[0]}" if len(only) == 1 else "")
 
 
 def restore(profile: str) -> str:

@@ -341,7 +341,10 @@ def test_the_answer_counts_the_cells_with_wrong_labels(tmp_path):
     claims.to_csv(tmp_path / "claims.csv")
     n, worse = noisy.sum() // 2, (claims[noisy]["verdict"] == "worse").sum()
     last = summary.findings(tmp_path / "claims.csv").split("\n\n")[0].splitlines()[-1]
-    assert f"of {n} cells of that map" in last and f"against Adam **more accurate in {n} and less in 0**" in last
+    assert (
+        f"of {n} cells of that map" in last
+        and f"after Adam is against Adam **more accurate in {n} and less in 0**" in last
+    )
     assert f"against Adam with cosine decay **more accurate in {n - worse} and less in {worse}**" in last and worse > 0
 
 

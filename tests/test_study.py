@@ -517,6 +517,10 @@ def test_a_worker_ends_with_the_process_it_works_for():
             ValueError,
             r"here a bias's \(2, 5\)",
         ),
+        (lambda sign, *, batch_size, gamma: sign / sign.abs().max(), ValueError, "should not mix runs"),
+        (lambda sign, *, batch_size, gamma: sign.abs() ** float(gamma[0]), ValueError, "each run its own γ"),
+        (lambda total, *, batch_size, gamma: total.abs_(), ValueError, "Found them changed in place"),
+        (lambda total, *, batch_size, gamma: torch.rand_like(total), ValueError, "is it random"),
         (lambda sign, *, batch_size, gamma: sign * gamma, ValueError, r"`gamma` \[R\]; align_runs\(gamma, sum\)"),
     ],
 )
@@ -765,7 +769,7 @@ def test_tables_are_written_whole_and_a_missing_one_names_its_maker(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
     with pytest.raises(FileNotFoundError, match=r"02_tuning makes it\. A relative path starts at "):
         sgsc_lib.read_table(tmp_path / "none.csv", made_by="02_tuning")
-    with pytest.raises(FileNotFoundError, match=r"Make it: python report/build\.py --profile quick, where 02_tuning"):
+    with pytest.raises(FileNotFoundError, match=r"python report/build\.py --profile quick, where 02_tuning"):
         sgsc_lib.read_table("report/results/quick/none.csv", made_by="02_tuning")
     manifest = {"notebooks": {"02_tuning": {}}, "results": {}}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
