@@ -150,9 +150,9 @@ def abstract(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
     Where the replica's claims, `there`, hold another verdict, it follows in brackets.
     """
     tuned = {f"{claim}-tuned" for claim in ("1-before", "1r-before", "2-before", "2f-before", "3-before", "4-before")}
-    tuned |= {f"{claim}-searches" for claim in ("1-before", "2f-before", "2f-after")}
+    tuned |= {f"{claim}-searches" for claim in ("1-before", "1r-before", "2f-before", "2f-after")}
     given = {f"1-card-{rates}" for rates in ("values", "common-lr-adam", "common-lr-sgsc")}
-    given |= {"1a-card-values-learning-rate", "2-after-tuned", "2f-after-tuned", "5-signal"}
+    given |= {"1a-card-values-learning-rate", "1-before-common-lr-sgsc", "2-after-tuned", "2f-after-tuned", "5-signal"}
     if not tuned | given <= row.keys():
         return []
 
@@ -176,9 +176,10 @@ def abstract(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
     marks, _, correlation = said("5-signal", NOISE).partition(": ")
     return [
         f"With both tuned alike, SGSC's training loss is {said('1-before-tuned', SMOOTH)}, over "
-        f"{row['1-before-tuned']['n']} paired seeds. With the winner of every one of "
-        f"{row['1-before-searches']['n']} searches, each counted once, it is {said('1-before-searches', SMOOTH)}. Over "
-        f"the whole run it {said('1r-before-tuned', RISES)}.",
+        f"{row['1-before-tuned']['n']} paired seeds; with SGSC's learning rate for both it is "
+        f"{said('1-before-common-lr-sgsc', SMOOTH)}. With the winner of every one of {row['1-before-searches']['n']} "
+        f"searches, each counted once, it is {said('1-before-searches', SMOOTH)}. Over the whole run it "
+        f"{said('1r-before-tuned', RISES)}, or, with every search counted once, {said('1r-before-searches', RISES)}.",
         f"So tuned, {accuracy('before')}.",
         f"The best γ of {row['3-before-tuned']['n']} independent searches is {said('3-before-tuned', NEAR_ZERO)} on "
         f"average; SGSC's best learning rate is {said('4-before-tuned', RATE)}.",
@@ -308,7 +309,8 @@ def firmness(claims: pd.DataFrame, replica: pd.DataFrame) -> str:
         "the card's own hyperparameters, which no search chose, and in "
         f"{100 * inside[~given].mean():.0f} % of the others; of two estimates from seeds drawn independently and no "
         f"search between, {100 * expected:.0f} % would. So an interval speaks of the seeds on which a winner was "
-        "evaluated, not of the search that found it. The tables below give the replica's verdict where it differs."
+        "evaluated, not of the search that found it; for that, count every search once. "
+        "The tables below give the replica's verdict where it differs."
     )
     return said.replace(" %", "\N{NO-BREAK SPACE}%")
 
