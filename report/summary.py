@@ -80,25 +80,25 @@ SMOOTH = {
     "confirmed": "smoother than Adam's",
     "contradicted": "rougher than Adam's",
     "equivalent": "as rough as Adam's within the margin",
-    "inconclusive": "neither clearly smoother nor clearly rougher than Adam's",
+    "inconclusive": "not clearly smoother or rougher than Adam's",
 }
 ACCURATE = {
     "confirmed": "lower than Adam's",
     "contradicted": "higher than Adam's",
     "equivalent": "the same as Adam's within the margin",
-    "inconclusive": "neither clearly lower nor clearly higher than Adam's",
+    "inconclusive": "not clearly lower or higher than Adam's",
 }
 AGAINST = {
     "better": "more accurate than",
     "worse": "less accurate than",
     "equivalent": "as accurate within the margin as",
-    "inconclusive": "neither clearly more nor clearly less accurate than",
+    "inconclusive": "not clearly more or less accurate than",
 }
 RISES = {
     "confirmed": "rises less than Adam's",
     "contradicted": "rises more than Adam's",
     "equivalent": "rises as much as Adam's within the margin",
-    "inconclusive": "rises neither clearly less nor clearly more than Adam's",
+    "inconclusive": "rises not clearly less or more than Adam's",
 }
 NOISE = {
     "confirmed": "marks a noisy gradient",
@@ -165,8 +165,8 @@ def abstract(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
 
     def accuracy(place: str) -> str:
         return (
-            f"its test accuracy is {said(f'2-{place}-tuned', ACCURATE)}; on a fresh draw it is "
-            f"{said(f'2f-{place}-tuned', ACCURATE)}, and with every search counted once "
+            f"its test accuracy is {said(f'2-{place}-tuned', ACCURATE)}; on a fresh draw "
+            f"{said(f'2f-{place}-tuned', ACCURATE)}; there, with every search counted once, "
             f"{said(f'2f-{place}-searches', ACCURATE)}"
         )
 
@@ -176,13 +176,15 @@ def abstract(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
     marks, _, correlation = said("5-signal", NOISE).partition(": ")
     return [
         f"With both tuned alike, SGSC's training loss is {said('1-before-tuned', SMOOTH)}, over "
-        f"{row['1-before-tuned']['n']} paired seeds; with SGSC's learning rate for both it is "
-        f"{said('1-before-common-lr-sgsc', SMOOTH)}. With the winner of every one of {row['1-before-searches']['n']} "
-        f"searches, each counted once, it is {said('1-before-searches', SMOOTH)}. Over the whole run it "
-        f"{said('1r-before-tuned', RISES)}, or, with every search counted once, {said('1r-before-searches', RISES)}.",
+        f"{row['1-before-tuned']['n']} paired seeds; with each of {row['1-before-searches']['n']} searches counted "
+        "once, "
+        f"{said('1-before-searches', SMOOTH)}.",
         f"So tuned, {accuracy('before')}.",
         f"The best γ of {row['3-before-tuned']['n']} independent searches is {said('3-before-tuned', NEAR_ZERO)} on "
         f"average; SGSC's best learning rate is {said('4-before-tuned', RATE)}.",
+        f"With SGSC's tuned learning rate for both, its loss is {said('1-before-common-lr-sgsc', SMOOTH)}. Each at its "
+        f"own, over a whole run it {said('1r-before-tuned', RISES)}; with every search counted once it "
+        f"{said('1r-before-searches', RISES)}.",
         f"With the card's own settings SGSC's training loss is {said('1-card-values', SMOOTH)}. The lower learning "
         f"rate alone makes {shown(row['1a-card-values-learning-rate'])}; γ alone makes {adams} at Adam's rate and "
         f"{sgscs} at SGSC's.",

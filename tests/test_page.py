@@ -203,7 +203,7 @@ def test_every_table_can_be_saved_as_it_is_shown(open_page):
 
 def test_the_first_screen_has_the_answer(open_page):
     page = open_page()
-    assert page.locator("#findings > ul > li").count() == 9
+    assert page.locator("#findings > ul > li").count() == 10
     lowest = page.locator("#findings > ul > li").nth(2).bounding_box()  # the smoke profile's banner takes some room
     assert lowest["y"] + lowest["height"] <= WIDE["height"]
     assert page.locator("#findings figcaption").text_content().startswith("Figure\u00a01. ")
@@ -311,15 +311,22 @@ def claims_with(tmp_path, **verdicts: str) -> Path:
         ("confirmed", "loss is **smoother than Adam's**", "lower than Adam's**"),
         ("contradicted", "loss is **rougher than Adam's**", "higher than Adam's**"),
         ("equivalent", "loss is **as rough as Adam's within the margin**", "the same as Adam's within the margin**"),
-        ("inconclusive", "neither clearly smoother nor clearly rougher", "neither clearly lower nor clearly higher"),
+        ("inconclusive", "not clearly smoother or rougher", "not clearly lower or higher"),
     ],
 )
 def test_the_answer_says_what_the_verdicts_say(tmp_path, verdict, smooth, accurate):
     path = claims_with(
-        tmp_path, **dict.fromkeys(("claim_1_before_tuned", "claim_2_before_tuned", "claim_2f_before_tuned"), verdict)
+        tmp_path,
+        **dict.fromkeys(
+            [
+                *("claim_1_before_tuned", "claim_1_before_searches", "claim_2_before_tuned"),
+                *("claim_2f_before_tuned", "claim_2f_before_searches"),
+            ],
+            verdict,
+        ),
     )
     first, second, *rest = summary.findings(path).split("\n\n")[0].splitlines()
-    assert smooth in first and second.count(accurate) == 2 and len(rest) == 7
+    assert smooth in first and second.count(accurate) == 3 and len(rest) == 8
 
 
 @pytest.mark.parametrize("verdict", ["confirmed", "contradicted", "inconclusive"])
@@ -327,10 +334,10 @@ def test_the_answer_tells_of_the_rise_the_best_gamma_and_the_signal(tmp_path, ve
     told = {"1r-before-tuned": summary.RISES, "3-before-tuned": summary.NEAR_ZERO, "4-before-tuned": summary.RATE}
     told |= {"5-signal": summary.NOISE}
     path = claims_with(tmp_path, **dict.fromkeys([f"claim_{name.replace('-', '_')}" for name in told], verdict))
-    first, _, third, _, fifth, *_ = summary.findings(path).splitlines()
-    for words, sentence in zip(told.values(), (first, third, third, fifth), strict=True):
+    _, _, third, fourth, _, sixth, *_ = summary.findings(path).splitlines()
+    for words, sentence in zip(told.values(), (fourth, third, third, sixth), strict=True):
         assert f"**{words[verdict]}**" in sentence
-    assert ("but only" in fifth) == (verdict == "confirmed")
+    assert ("but only" in sixth) == (verdict == "confirmed")
 
 
 def test_the_answer_counts_the_cells_with_wrong_labels(tmp_path):
@@ -375,7 +382,7 @@ def test_a_sentence_and_the_second_table_say_what_the_finalists_did(tmp_path, ve
             claims.loc[identity, ["source", "verdict", "estimate"]] = "beyond", verdict, 0.0234
     claims.to_csv(tmp_path / "claims.csv")
     sentences, _, _, beyond, *_ = summary.findings(tmp_path / "claims.csv").split("\n\n")
-    rivals = sentences.splitlines()[6]
+    rivals = sentences.splitlines()[7]
     assert rivals.count(f"**{words} AdamW**: +2.34 points") == 2  # without decay, and with it
     assert rivals.count(f"**{words} its gates shuffled over parameters**") == 2
     rows = beyond.splitlines()[2:]
@@ -386,7 +393,7 @@ def test_a_sentence_and_the_second_table_say_what_the_finalists_did(tmp_path, ve
 def test_the_answer_names_the_maps_own_cell(tmp_path, verdict, words):
     path = claims_with(tmp_path, **{"claim_9_sgsc_after_vs_adam_0_128_equal_epochs": verdict})
     words = words.removesuffix(" than").removesuffix(" as")
-    after = summary.findings(path).splitlines()[7].split("the gate after Adam is ")[1]
+    after = summary.findings(path).splitlines()[8].split("the gate after Adam is ")[1]
     assert f"] in the contest and **{words}**: " in after and after.endswith("] in the map.")
 
 
@@ -399,7 +406,7 @@ def test_a_replicas_other_verdicts_stand_beside_the_studys(tmp_path):
     text = summary.findings(tmp_path / "claims.csv", replica.reset_index()).replace("\u00a0%", " %")
     first, second, *others = text.split("\n\n")[0].splitlines()
     assert "loss is **rougher than Adam's**: " in first and "(*replica: smoother than Adam's*: roughness" in first
-    assert "is **the same as Adam's within" in second and "(*replica: neither clearly lower nor" in second
+    assert "is **the same as Adam's within" in second and "(*replica: not clearly lower or" in second
     assert first.count("(*replica") == second.count("(*replica") == 1 and "(*replica" not in "".join(others)
     assert f"Of {len(own)} verdicts {len(own) - 2} are the same, 0 are definite in one of the two alone" in text
     assert "1 change between equivalent and inconclusive, and 1 is the opposite (SGSC's training loss" in text
