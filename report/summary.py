@@ -152,7 +152,14 @@ def abstract(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
     tuned = {f"{claim}-tuned" for claim in ("1-before", "1r-before", "2-before", "2f-before", "3-before", "4-before")}
     tuned |= {f"{claim}-searches" for claim in ("1-before", "1r-before", "2f-before", "2f-after")}
     given = {f"1-card-{rates}" for rates in ("values", "common-lr-adam", "common-lr-sgsc")}
-    given |= {"1a-card-values-learning-rate", "1-before-common-lr-sgsc", "2-after-tuned", "2f-after-tuned", "5-signal"}
+    given |= {
+        "1a-card-values-learning-rate",
+        "1-before-common-lr-sgsc",
+        "2-before-common-lr-sgsc",
+        "2-after-tuned",
+        "2f-after-tuned",
+        "5-signal",
+    }
     if not tuned | given <= row.keys():
         return []
 
@@ -171,8 +178,11 @@ def abstract(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
         )
 
     adams, sgscs = (shown(row[f"1-card-common-lr-{arm}"]).removeprefix("roughness ") for arm in ("adam", "sgsc"))
-    signal = row["5-signal"]
+    signal, verdict = row["5-signal"], {identity: claim["verdict"] for identity, claim in row.items()}
     only = f", but only {strength_of(signal['estimate'])}" if signal["verdict"] == "confirmed" else ""
+    missed = ""
+    if verdict["2-before-tuned"] == "confirmed":
+        missed = " As γ = 0 is Adam, what SGSC loses tuned is what its search over one more parameter missed."
     marks, _, correlation = said("5-signal", NOISE).partition(": ")
     return [
         f"With both tuned alike, SGSC's training loss is {said('1-before-tuned', SMOOTH)}, over "
@@ -182,8 +192,8 @@ def abstract(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
         f"So tuned, {accuracy('before')}.",
         f"The best γ of {row['3-before-tuned']['n']} independent searches is {said('3-before-tuned', NEAR_ZERO)} on "
         f"average; SGSC's best learning rate is {said('4-before-tuned', RATE)}.",
-        f"With SGSC's tuned learning rate for both, its loss is {said('1-before-common-lr-sgsc', SMOOTH)}. Each at its "
-        f"own, over a whole run it {said('1r-before-tuned', RISES)}; with every search counted once it "
+        f"With SGSC's tuned learning rate for both, its loss is {said('1-before-common-lr-sgsc', SMOOTH)} and its "
+        f"test accuracy {said('2-before-common-lr-sgsc', ACCURATE)}.{missed} Each at its own, over a whole run it {said('1r-before-tuned', RISES)}; with every search counted once it "
         f"{said('1r-before-searches', RISES)}.",
         f"With the card's own settings SGSC's training loss is {said('1-card-values', SMOOTH)}. The lower learning "
         f"rate alone makes {shown(row['1a-card-values-learning-rate'])}; γ alone makes {adams} at Adam's rate and "
@@ -461,7 +471,7 @@ def readme(text: str, results: Path, said: str) -> tuple[str, str]:
     machines = " and ".join(sorted({trained["machine"] for trained in training}))
     for name, content in {
         "findings": f"{sentences}\n\n{picture}\n\n{tables}",
-        "time": f"With an empty cache, `make report` took {minutes:.0f} minutes on {machines}.",
+        "time": f"With an empty cache, the notebooks of `make report` took {minutes:.0f} minutes in all on {machines}.",
     }.items():
         before, begin, rest = re.split(f"(<!-- {name}: .*? -->\n)", text, maxsplit=1)
         text = f"{before}{begin}{content}\n{rest[rest.index(f'<!-- /{name} -->') :]}"
