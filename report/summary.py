@@ -182,7 +182,7 @@ def abstract(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
     only = f", but only {strength_of(signal['estimate'])}" if signal["verdict"] == "confirmed" else ""
     missed = ""
     if verdict["2-before-tuned"] == "confirmed":
-        missed = " As γ = 0 is Adam, what SGSC loses tuned is what its search over one more parameter missed."
+        missed = " As γ = 0 is Adam, what SGSC loses when tuned is what its search over one more parameter missed."
     marks, _, correlation = said("5-signal", NOISE).partition(": ")
     return [
         f"With both tuned alike, SGSC's training loss is {said('1-before-tuned', SMOOTH)}, over "
@@ -192,9 +192,9 @@ def abstract(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
         f"So tuned, {accuracy('before')}.",
         f"The best γ of {row['3-before-tuned']['n']} independent searches is {said('3-before-tuned', NEAR_ZERO)} on "
         f"average; SGSC's best learning rate is {said('4-before-tuned', RATE)}.",
-        f"With SGSC's tuned learning rate for both, its loss is {said('1-before-common-lr-sgsc', SMOOTH)} and its "
-        f"test accuracy {said('2-before-common-lr-sgsc', ACCURATE)}.{missed} Each at its own, over a whole run it {said('1r-before-tuned', RISES)}; with every search counted once it "
-        f"{said('1r-before-searches', RISES)}.",
+        f"With SGSC's tuned learning rate for both, its loss is {said('1-before-common-lr-sgsc', SMOOTH)} and its test "
+        f"accuracy {said('2-before-common-lr-sgsc', ACCURATE)}.{missed} Each at its own, over a whole run the loss "
+        f"{said('1r-before-tuned', RISES)}; with every search counted once it {said('1r-before-searches', RISES)}.",
         f"With the card's own settings SGSC's training loss is {said('1-card-values', SMOOTH)}. The lower learning "
         f"rate alone makes {shown(row['1a-card-values-learning-rate'])}; γ alone makes {adams} at Adam's rate and "
         f"{sgscs} at SGSC's.",
