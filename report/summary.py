@@ -178,17 +178,16 @@ def abstract(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
         )
 
     adams, sgscs = (shown(row[f"1-card-common-lr-{arm}"]).removeprefix("roughness ") for arm in ("adam", "sgsc"))
-    signal, verdict = row["5-signal"], {identity: claim["verdict"] for identity, claim in row.items()}
+    signal = row["5-signal"]
     only = f", but only {strength_of(signal['estimate'])}" if signal["verdict"] == "confirmed" else ""
     missed = ""
-    if verdict["2-before-tuned"] == "confirmed":
+    if row["2-before-tuned"]["verdict"] == "confirmed":
         missed = " As γ = 0 is Adam, what SGSC loses when tuned is what its search over one more parameter missed."
     marks, _, correlation = said("5-signal", NOISE).partition(": ")
     return [
         f"With both tuned alike, SGSC's training loss is {said('1-before-tuned', SMOOTH)}, over "
         f"{row['1-before-tuned']['n']} paired seeds; with each of {row['1-before-searches']['n']} searches counted "
-        "once, "
-        f"{said('1-before-searches', SMOOTH)}.",
+        f"once, {said('1-before-searches', SMOOTH)}.",
         f"So tuned, {accuracy('before')}.",
         f"The best γ of {row['3-before-tuned']['n']} independent searches is {said('3-before-tuned', NEAR_ZERO)} on "
         f"average; SGSC's best learning rate is {said('4-before-tuned', RATE)}.",
