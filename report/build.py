@@ -348,8 +348,8 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     except KeyboardInterrupt:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # the interrupted cell's own traceback tells nothing
         print(
-            "\nbuild.py: interrupted. The previous page is left as it was; some of the results beside it may be made "
-            f"anew. The same command goes on. {restore(options.profile)}",
+            "\nbuild.py: interrupted. The previous page is left as it was; of the results beside it some may be "
+            f"missing or new. The same command goes on. {restore(options.profile)}",
             file=sys.stderr,
         )
         return 130

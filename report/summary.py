@@ -158,6 +158,8 @@ def abstract(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
         "2-before-common-lr-sgsc",
         "2-after-tuned",
         "2f-after-tuned",
+        "3-after-tuned",
+        "4-after-tuned",
         "5-signal",
     }
     if not tuned | given <= row.keys():
@@ -189,8 +191,8 @@ def abstract(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
         f"{row['1-before-tuned']['n']} paired seeds; with each of {row['1-before-searches']['n']} searches counted "
         f"once, {said('1-before-searches', SMOOTH)}.",
         f"So tuned, {accuracy('before')}.",
-        f"The best γ of {row['3-before-tuned']['n']} independent searches is {said('3-before-tuned', NEAR_ZERO)} on "
-        f"average; SGSC's best learning rate is {said('4-before-tuned', RATE)}.",
+        f"Before Adam, the best γ of {row['3-before-tuned']['n']} independent searches is "
+        f"{said('3-before-tuned', NEAR_ZERO)} on average; SGSC's best learning rate is {said('4-before-tuned', RATE)}.",
         f"With SGSC's tuned learning rate for both, its loss is {said('1-before-common-lr-sgsc', SMOOTH)} and its test "
         f"accuracy {said('2-before-common-lr-sgsc', ACCURATE)}.{missed} Each at its own, over a whole run the loss "
         f"{said('1r-before-tuned', RISES)}; with every search counted once it {said('1r-before-searches', RISES)}.",
@@ -198,9 +200,10 @@ def abstract(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
         f"rate alone makes {shown(row['1a-card-values-learning-rate'])}; γ alone makes {adams} at Adam's rate and "
         f"{sgscs} at SGSC's.",
         f"A low c {marks}{only}: its rank correlation with the gradient's signal-to-noise ratio is {correlation}.",
-        f"With the gate after Adam and tuned again, {accuracy('after')}.",
+        f"With the gate after Adam and tuned again, {accuracy('after')}. Its best γ is "
+        f"{said('3-after-tuned', NEAR_ZERO)} on average, its learning rate {said('4-after-tuned', RATE)}.",
         *beyond_the_card(row, said),
-        *with_wrong_labels(row, there),
+        *over_the_map(row, there),
     ]
 
 
@@ -236,29 +239,35 @@ def beyond_the_card(row: dict[str, dict], said: Callable[[str, Mapping[str, str]
     return sentences
 
 
-def with_wrong_labels(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
-    """The sentence on the cells of the map in which some training labels are wrong, if there are any."""
-
-    def verdicts(claims: dict[str, dict], pair: str) -> list[str]:
-        cell = re.compile(rf"9-sgsc-{pair}-0\.\d+-\d+-equal-epochs")
-        return [claim["verdict"] for identity, claim in claims.items() if cell.fullmatch(identity)]
-
-    parts = []
-    for pair, name in {
+def over_the_map(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
+    """The sentences that count the verdicts over the cells of notebook 05's map, with clean and with wrong labels."""
+    pairs = {
         "before-vs-adam": "the gate before Adam is against Adam",
         "after-vs-adam": "the gate after Adam is against Adam",
         "after-vs-adam-cosine-decay": "the gate after Adam is against Adam with cosine decay",
-    }.items():
-        here, replica = verdicts(row, pair), verdicts(there, pair)
-        part = f"{name} **more accurate in {here.count('better')} and less in {here.count('worse')}**"
-        if replica and sorted(replica) != sorted(here):
-            part += f" (*replica: {replica.count('better')} and {replica.count('worse')}*)"
-        parts += [part] if here else []
-    if not parts:
-        return []
-    return [
-        f"With wrong training labels, of {len(verdicts(row, 'after-vs-adam'))} cells of that map, {'; '.join(parts)}."
-    ]
+    }
+    kinds = {
+        "With clean labels": r"0-\d+-equal-(epochs|steps)",
+        "With wrong training labels": r"0\.\d+-\d+-equal-epochs",
+    }
+    sentences = []
+    for kind, cells in kinds.items():
+
+        def verdicts(claims: dict[str, dict], pair: str, cells: str = cells) -> list[str]:
+            cell = re.compile(rf"9-sgsc-{pair}-{cells}")
+            return [claim["verdict"] for identity, claim in claims.items() if cell.fullmatch(identity)]
+
+        parts = []
+        for pair, name in pairs.items():
+            here, replica = verdicts(row, pair), verdicts(there, pair)
+            part = f"{name} **more accurate in {here.count('better')} and less in {here.count('worse')}**"
+            if replica and sorted(replica) != sorted(here):
+                part += f" (*replica: {replica.count('better')} and {replica.count('worse')}*)"
+            parts += [part] if here else []
+        if parts:
+            n = len(verdicts(row, "after-vs-adam"))
+            sentences.append(f"{kind}, of {n} cells of that map, {'; '.join(parts)}.")
+    return sentences
 
 
 def markdown_table(header: str, rows: list[list[str]]) -> str:

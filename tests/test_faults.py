@@ -219,7 +219,7 @@ def test_a_second_build_ends_at_once_and_a_terminated_one_leaves_the_page(tmp_pa
     output, _ = first.communicate(timeout=60)
     assert (
         first.returncode == 130
-        and "interrupted. The previous page is left as it was; some of the results beside it may be made anew."
+        and "interrupted. The previous page is left as it was; of the results beside it some may be missing or new."
         in output
     )
     assert wait_for(lambda: not processes_of(root), 30)

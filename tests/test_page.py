@@ -203,7 +203,7 @@ def test_every_table_can_be_saved_as_it_is_shown(open_page):
 
 def test_the_first_screen_has_the_answer(open_page):
     page = open_page()
-    assert page.locator("#findings > ul > li").count() == 10
+    assert page.locator("#findings > ul > li").count() == 11
     lowest = page.locator("#findings > ul > li").nth(2).bounding_box()  # the smoke profile's banner takes some room
     assert lowest["y"] + lowest["height"] <= WIDE["height"]
     assert page.locator("#findings figcaption").text_content().startswith("Figure\u00a01. ")
@@ -326,7 +326,7 @@ def test_the_answer_says_what_the_verdicts_say(tmp_path, verdict, smooth, accura
         ),
     )
     first, second, *rest = summary.findings(path).split("\n\n")[0].splitlines()
-    assert smooth in first and second.count(accurate) == 3 and len(rest) == 8
+    assert smooth in first and second.count(accurate) == 3 and len(rest) == 9
 
 
 @pytest.mark.parametrize("verdict", ["confirmed", "contradicted", "inconclusive"])
