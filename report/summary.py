@@ -250,22 +250,21 @@ def over_the_map(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
         "With clean labels": r"0-\d+-equal-(epochs|steps)",
         "With wrong training labels": r"0\.\d+-\d+-equal-epochs",
     }
+
+    def verdicts(claims: dict[str, dict], cell: str) -> list[str]:
+        return [claim["verdict"] for identity, claim in claims.items() if re.fullmatch(cell, identity)]
+
     sentences = []
     for kind, cells in kinds.items():
-
-        def verdicts(claims: dict[str, dict], pair: str, cells: str = cells) -> list[str]:
-            cell = re.compile(rf"9-sgsc-{pair}-{cells}")
-            return [claim["verdict"] for identity, claim in claims.items() if cell.fullmatch(identity)]
-
         parts = []
         for pair, name in pairs.items():
-            here, replica = verdicts(row, pair), verdicts(there, pair)
+            here, replica = (verdicts(claims, f"9-sgsc-{pair}-{cells}") for claims in (row, there))
             part = f"{name} **more accurate in {here.count('better')} and less in {here.count('worse')}**"
             if replica and sorted(replica) != sorted(here):
                 part += f" (*replica: {replica.count('better')} and {replica.count('worse')}*)"
             parts += [part] if here else []
         if parts:
-            n = len(verdicts(row, "after-vs-adam"))
+            n = len(verdicts(row, f"9-sgsc-after-vs-adam-{cells}"))
             sentences.append(f"{kind}, of {n} cells of that map, {'; '.join(parts)}.")
     return sentences
 
