@@ -31,6 +31,7 @@ import math
 import numbers
 import os
 import platform
+import re
 import sys
 import textwrap
 import threading
@@ -38,7 +39,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -592,7 +593,8 @@ def _try_gate(name: str, gate: Gate, which: str, shape: tuple[int, ...]) -> None
         if not made.isfinite().all():
             raise ValueError(
                 f"The gate {name!r} should make finite numbers of {where}. Found NaN or infinity. Where it divides by "
-                "a sum that may be 0: torch.where(whole > 0, part / whole, 0)."
+                "a sum that may be 0: torch.where(whole > 0, part / whole, 0). Where it takes a power of `sign` or "
+                "`total`, which may be negative: sum.abs()."
             )
     if not all(map(torch.equal, given, sums(g))):
         raise ValueError(f"The gate {name!r} should leave its sums as they are. Found them changed in place.")
@@ -602,6 +604,11 @@ def _try_gate(name: str, gate: Gate, which: str, shape: tuple[int, ...]) -> None
         raise ValueError(
             f"The gate {name!r} should not mix runs: reduce over the axes after the first only, and give each run its "
             "own γ, as align_runs(gamma, sum) does."
+        )
+    if (both < 0).any():
+        raise ValueError(
+            f"The gate {name!r} should make factors of 0 or more: a negative one turns the step round. Found "
+            f"{both.min():g}. `sign` and `total` carry the gradient's sign: sum.abs() takes it off."
         )
 
 
@@ -784,6 +791,7 @@ class SGSC:
             if isinstance(module, nn.modules.batchnorm._BatchNorm)
         ]
         self._pass: _Pass | None = None  # the forward pass under way
+        self._awaits_with = False  # scaled_update() was called, its `with` block not entered
         self._start_statistic()
         # prepend=True: another hook may replace the output, and the rules need the layer's own.
         self._hooks: list[Any] = [model.register_forward_pre_hook(self._model_hook(), prepend=True, with_kwargs=True)]
@@ -848,6 +856,12 @@ class SGSC:
     # -- hooks ---------------------------------------------------------------------------------------------------------
 
     def _start_pass(self, rows: int) -> _Pass:
+        if self._awaits_with:
+            self._awaits_with = False  # so that a corrected notebook cell can go on with this object
+            raise RuntimeError(
+                "`scaled_update()` was called but not entered, so that the step after it was the plain optimizer's. "
+                "Write: with sgsc.scaled_update(): optimizer.step()"
+            )
         for name, module in self._batch_norms:  # train() may have been called since construction
             if _couples_samples(module):
                 raise ValueError(
@@ -1061,12 +1075,12 @@ class SGSC:
             if p.grad is not None:
                 p.grad.mul_(gate)
 
-    @contextmanager
-    def scaled_update(self) -> Iterator[None]:
+    def scaled_update(self) -> AbstractContextManager[None]:
         """Gate the finished update instead: p ← p_before + c ** γ · (p_after − p_before) around `optimizer.step()`.
 
         All that the step does to a parameter is gated, decoupled weight decay included. Holds a copy of the parameters
-        for the length of the step; c = 1 gives the ungated step bit for bit.
+        for the length of the step; c = 1 gives the ungated step bit for bit. A call that no `with` entered is a
+        RuntimeError in the next forward pass.
 
         >>> model = mlp((40, 16, 10), seed=0)
         >>> sgsc, optimizer = SGSC(model, gamma=0.25), torch.optim.Adam(model.parameters())
@@ -1074,6 +1088,12 @@ class SGSC:
         >>> with sgsc.scaled_update():
         ...     optimizer.step()
         """
+        self._awaits_with = True
+        return self._scaled_update()
+
+    @contextmanager
+    def _scaled_update(self) -> Iterator[None]:
+        self._awaits_with = False
         gated = [(p, gate.to(p.dtype), p.detach().clone()) for p, gate in self._gates()]
         yield
         with torch.no_grad():
@@ -2336,10 +2356,17 @@ def _read_csv(path: Path, **options: Any) -> pd.DataFrame:
         raise ValueError(f"{path} is not a table ({error}). Delete it and make it anew.") from error
 
 
+def _check_label(label: str) -> str:
+    if not re.fullmatch(r"[\w-]+", label):
+        raise ValueError(f"`label` should be letters, digits and hyphens, for links to it. Found {label!r}.")
+    return label
+
+
 def figure(fig: Any, label: str, *, caption: str, alt: str) -> None:
     """Display a matplotlib figure as SVG with a caption and a written alternative, and close it.
 
-    `label` becomes the id `fig-<label>` that text refers to. Caption and alternative are escaped.
+    `label`, of letters, digits and hyphens, becomes the id `fig-<label>` that text refers to. Caption and alternative
+    are escaped. Raises ValueError for another label, and where caption or alternative are empty.
 
     >>> import matplotlib.pyplot as plt
     >>> figure(plt.figure(), "empty", caption="Nothing.", alt="An empty figure.")
@@ -2358,7 +2385,7 @@ def figure(fig: Any, label: str, *, caption: str, alt: str) -> None:
     source = base64.b64encode(buffer.getvalue()).decode()
     display(
         HTML(
-            f'<figure id="fig-{html.escape(label)}"><img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,'
+            f'<figure id="fig-{_check_label(label)}"><img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,'
             f'{source}"><figcaption>{html.escape(caption)}</figcaption></figure>'
         )
     )
@@ -2378,7 +2405,7 @@ def table(frame: pd.DataFrame, label: str, *, caption: str, formats: Mapping[str
     body = shown.to_html(index=False, border=0, escape=True, na_rep="–")
     display(
         HTML(
-            f'<figure id="tbl-{html.escape(label)}" class="table"><figcaption>{html.escape(caption)}</figcaption>'
+            f'<figure id="tbl-{_check_label(label)}" class="table"><figcaption>{html.escape(caption)}</figcaption>'
             f'<div class="scroll">{body}</div></figure>'
         )
     )

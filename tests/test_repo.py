@@ -213,7 +213,7 @@ def test_every_paired_comparison_recomputes(evaluation):
     matched = pd.read_csv(FULL / "matched.csv")
     searches = pd.read_csv(FULL / "searches.csv")
     counted = comparisons["setting"].str.startswith("every search")
-    assert len(comparisons) >= 40 and comparisons[~counted]["n"].min() >= 32 and set(comparisons[counted]["n"]) == {3}
+    assert len(comparisons) >= 40 and comparisons[~counted]["n"].min() >= 32 and set(comparisons[counted]["n"]) == {6}
     for row in comparisons.itertuples():
         if "every search" in row.setting:
             a, b = (

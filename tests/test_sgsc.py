@@ -429,6 +429,21 @@ def test_scaled_update_of_a_failed_step_changes_nothing_more():
     assert_equal(dict(model.state_dict()), dict(before))
 
 
+def test_a_scaled_update_that_no_with_entered_is_refused_in_the_next_forward_pass_once():
+    model, x, y = toy()
+    sgsc = SGSC(model, gamma=1.0)
+    loss_of(model, x, y).backward()
+    sgsc.scaled_update()
+    with torch.no_grad():
+        model(x)  # evaluation goes on
+    with pytest.raises(RuntimeError, match=r"called but not entered.* Write: with sgsc.scaled_update\(\):"):
+        model(x)
+    loss_of(model, x, y).backward()
+    with sgsc.scaled_update():
+        pass
+    model(x)
+
+
 def test_gamma_can_be_changed_between_steps():
     model, x, y = toy()
     sgsc = SGSC(model, gamma=1.0)

@@ -12,6 +12,7 @@ import sys
 import time
 
 import joblib
+import matplotlib.pyplot as plt
 import numpy as np
 import optuna
 import pandas as pd
@@ -513,15 +514,17 @@ def test_a_worker_ends_with_the_process_it_works_for():
         (lambda total, square, *, batch_size, gamma: total**2 / square.clamp(min=1e-70), ValueError, "NaN or infinity"),
         (lambda sign, *, batch_size, gamma: sign.double(), ValueError, r"in the dtype of its sums.* Found .*float64"),
         (
-            lambda sign, *, batch_size, gamma: sign * sign.mean((1, 2), keepdim=True),
+            lambda sign, *, batch_size, gamma: sign.abs() * sign.abs().mean((1, 2), keepdim=True),
             ValueError,
             r"here a bias's \(2, 5\)",
         ),
-        (lambda sign, *, batch_size, gamma: sign / sign.abs().max().clamp(min=1), ValueError, "should not mix"),
+        (lambda sign, *, batch_size, gamma: sign.abs() / sign.abs().max().clamp(min=1), ValueError, "should not mix"),
         (lambda sign, *, batch_size, gamma: sign.abs() ** float(gamma[0]), ValueError, "each run its own γ"),
         (lambda total, *, batch_size, gamma: total.abs_(), ValueError, "Found them changed in place"),
         (lambda total, *, batch_size, gamma: torch.rand_like(total), ValueError, "is it random"),
         (lambda sign, *, batch_size, gamma: sign * gamma, ValueError, r"`gamma` \[R\]; align_runs\(gamma, sum\)"),
+        (lambda sign, *, batch_size, gamma: sign / batch_size, ValueError, r"factors of 0 or more.* sum.abs\(\)"),
+        (lambda sign, *, batch_size, gamma: (sign / batch_size) ** 0.5, ValueError, r"a power.* sum.abs\(\)"),
     ],
 )
 def test_what_is_no_gate_is_refused_before_any_training(small, monkeypatch, gate, error, message):
@@ -786,3 +789,11 @@ def test_claims_are_replaced_by_notebook(tmp_path):
     assert list(written.columns) == list(sgsc_lib.CLAIM_COLUMNS) and list(written["id"]) == ["c", "d"]
     with pytest.raises(ValueError, match="should have the columns"):
         sgsc_lib.write_claims([{"id": "a"}], tmp_path, notebook="02")
+
+
+@pytest.mark.parametrize("label", ["loss curves", "", 'x" onload="'])
+def test_labels_that_no_link_could_name_are_refused(label):
+    with pytest.raises(ValueError, match="`label` should be letters, digits and hyphens"):
+        sgsc_lib.table(pd.DataFrame({"p": [1]}), label, caption="A table.")
+    with pytest.raises(ValueError, match="`label` should be letters, digits and hyphens"):
+        sgsc_lib.figure(plt.figure(), label, caption="A figure.", alt="Empty.")
