@@ -144,18 +144,30 @@ def strength_of(correlation: float) -> str:
     return next(word for limit, word in words if correlation < limit)
 
 
-def abstract(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
-    """The answer in some sentences, from the claims by id; none where a claim that they need was not judged.
+def said_of(row: dict[str, dict], there: dict[str, dict]) -> Callable[[str, Mapping[str, str]], str]:
+    """Return how to say a claim: its verdict in the given words and its estimate.
 
     Where the replica's claims, `there`, hold another verdict, it follows in brackets.
     """
+
+    def said(identity: str, words: Mapping[str, str]) -> str:
+        own, other = row[identity], there.get(identity, row[identity])
+        text = f"**{words[own['verdict']]}**: {shown(own)}"
+        if other["verdict"] != own["verdict"]:
+            text += f" (*replica: {words[other['verdict']]}*: {shown(other)})"
+        return text
+
+    return said
+
+
+def abstract(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
+    """The answer in some sentences, from the claims by id; none where a claim that they need was not judged."""
     tuned = {f"{claim}-tuned" for claim in ("1-before", "1r-before", "2-before", "2f-before", "3-before", "4-before")}
     tuned |= {f"{claim}-searches" for claim in ("1-before", "1r-before", "2f-before", "2f-after")}
     given = {f"1-card-{rates}" for rates in ("values", "common-lr-adam", "common-lr-sgsc")}
     given |= {
         "1a-card-values-learning-rate",
-        "1-before-common-lr-sgsc",
-        "2-before-common-lr-sgsc",
+        *(f"{claim}-before-common-lr-{arm}" for claim in (1, 2) for arm in ("adam", "sgsc")),
         "2-after-tuned",
         "2f-after-tuned",
         "3-after-tuned",
@@ -165,12 +177,7 @@ def abstract(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
     if not tuned | given <= row.keys():
         return []
 
-    def said(identity: str, words: Mapping[str, str]) -> str:
-        own, other = row[identity], there.get(identity, row[identity])
-        text = f"**{words[own['verdict']]}**: {shown(own)}"
-        if other["verdict"] != own["verdict"]:
-            text += f" (*replica: {words[other['verdict']]}*: {shown(other)})"
-        return text
+    said = said_of(row, there)
 
     def accuracy(place: str) -> str:
         return (
@@ -179,6 +186,11 @@ def abstract(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
             f"{said(f'2f-{place}-searches', ACCURATE)}"
         )
 
+    at_adams, at_sgscs = (
+        f"{said(f'1-before-common-lr-{arm}', SMOOTH)} and its test accuracy "
+        f"{said(f'2-before-common-lr-{arm}', ACCURATE)}"
+        for arm in ("adam", "sgsc")
+    )
     adams, sgscs = (shown(row[f"1-card-common-lr-{arm}"]).removeprefix("roughness ") for arm in ("adam", "sgsc"))
     signal = row["5-signal"]
     only = f", but only {strength_of(signal['estimate'])}" if signal["verdict"] == "confirmed" else ""
@@ -193,8 +205,8 @@ def abstract(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
         f"So tuned, {accuracy('before')}.",
         f"Before Adam, the best γ of {row['3-before-tuned']['n']} independent searches is "
         f"{said('3-before-tuned', NEAR_ZERO)} on average; SGSC's best learning rate is {said('4-before-tuned', RATE)}.",
-        f"With SGSC's tuned learning rate for both, its loss is {said('1-before-common-lr-sgsc', SMOOTH)} and its test "
-        f"accuracy {said('2-before-common-lr-sgsc', ACCURATE)}.{missed} Each at its own, over a whole run the loss "
+        f"With SGSC's tuned learning rate for both, its loss is {at_sgscs}; with Adam's tuned rate for both, "
+        f"{at_adams}.{missed} Each at its own, over a whole run the loss "
         f"{said('1r-before-tuned', RISES)}; with every search counted once it {said('1r-before-searches', RISES)}.",
         f"With the card's own settings SGSC's training loss is {said('1-card-values', SMOOTH)}. The lower learning "
         f"rate alone makes {shown(row['1a-card-values-learning-rate'])}; γ alone makes {adams} at Adam's rate and "
@@ -202,14 +214,12 @@ def abstract(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
         f"A low c {marks}{only}: its rank correlation with the gradient's signal-to-noise ratio is {correlation}.",
         f"With the gate after Adam and tuned again, {accuracy('after')}. Its best γ is "
         f"{said('3-after-tuned', NEAR_ZERO)} on average, its learning rate {said('4-after-tuned', RATE)}.",
-        *beyond_the_card(row, said),
-        *over_the_map(row, there),
     ]
 
 
-def beyond_the_card(row: dict[str, dict], said: Callable[[str, Mapping[str, str]], str]) -> list[str]:
-    """Sentences on the gate after Adam where notebook 05 compared it: with its rivals, and over the map's cells."""
-    sentences = []
+def beyond_the_card(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
+    """Sentences on what notebook 05 compared: the gate after Adam with its rivals, and both gates over a map."""
+    said, sentences = said_of(row, there), []
 
     def against(rival: str) -> dict[str, str]:
         return {verdict: f"{words} {rival}" for verdict, words in AGAINST.items()}
@@ -236,7 +246,7 @@ def beyond_the_card(row: dict[str, dict], said: Callable[[str, Mapping[str, str]
             "its map over noise and batch size that is the study's own. On a fresh draw the gate before Adam is "
             f"{before}; the gate after Adam is {after}."
         )
-    return sentences
+    return sentences + over_the_map(row, there)
 
 
 def over_the_map(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
@@ -267,6 +277,16 @@ def over_the_map(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
             n = len(verdicts(row, f"9-sgsc-after-vs-adam-{cells}"))
             sentences.append(f"{kind}, of {n} cells of that map, {'; '.join(parts)}.")
     return sentences
+
+
+def bullets(sentences: list[str]) -> str:
+    return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def folded(title: str, *parts: str) -> str:
+    """The parts that are not empty under a title that opens them; empty without any."""
+    inside = [part for part in parts if part]
+    return "\n\n".join([f"<details>\n<summary>{title}</summary>", *inside, "</details>"]) if inside else ""
 
 
 def markdown_table(header: str, rows: list[list[str]]) -> str:
@@ -329,7 +349,7 @@ def firmness(claims: pd.DataFrame, replica: pd.DataFrame) -> str:
         f"{100 * inside[~given].mean():.0f} % of the others; of two estimates from seeds drawn independently and no "
         f"search between, {100 * expected:.0f} % would. So an interval speaks of the seeds on which a winner was "
         "evaluated, not of the search that found it; for that, count every search once. "
-        "The tables below give the replica's verdict where it differs."
+        "The tables give the replica's verdict where it differs."
     )
     return said.replace(" %", "\N{NO-BREAK SPACE}%")
 
@@ -372,7 +392,11 @@ def findings(claims_csv: Path, replica: pd.DataFrame | None = None) -> str:
         for ids in SHORT
         if {*ids} & row.keys()
     ]
-    beyond = [[claim, *map(cell, ids)] for claim, ids in BEYOND.items() if {*ids} & row.keys()]
+    beyond = [
+        [claim, *map(cell, ids), str(next(row[k] for k in ids if k in row)["n"])]
+        for claim, ids in BEYOND.items()
+        if {*ids} & row.keys()
+    ]
     place = {condition: k for k, condition in enumerate(CONDITIONS)}
     card = sorted(
         (claim for identity, claim in row.items() if claim["source"] == "card" and "after" not in identity),
@@ -387,15 +411,21 @@ def findings(claims_csv: Path, replica: pd.DataFrame | None = None) -> str:
     ]
     short_header = "| The card's claim | both tuned | every search | at the card's settings | at one learning rate |"
     whole_header = "| The card's claim, before Adam | condition | n | estimate, 95 % interval | verdict |"
+    beyond_header = "| Beyond the card, all tuned anew (notebook 05) | on the test set | on a fresh draw | n |"
     parts = [
-        "\n".join(f"- {sentence}" for sentence in abstract(row, there)),
+        bullets(abstract(row, there)),
+        markdown_table(short_header, short),
         alone(claims),
         "" if replica is None else firmness(claims, replica),
-        markdown_table(short_header, short),
-        markdown_table("| Beyond the card, all tuned anew (notebook 05) | on the test set | on a fresh draw |", beyond),
-        f"<details>\n<summary>Every verdict on the card's claims, the gate before Adam ({len(whole)})</summary>",
-        markdown_table(whole_header + (" replica |" if there else ""), whole),
-        "</details>",
+        folded(
+            "Past the card: the gate after Adam and its rivals, wrong labels, other batches",
+            bullets(beyond_the_card(row, there)),
+            markdown_table(beyond_header, beyond),
+        ),
+        folded(
+            f"Every verdict on the card's claims, the gate before Adam ({len(whole)})",
+            markdown_table(whole_header + (" replica |" if there else ""), whole),
+        ),
     ]
     return "\n\n".join(part for part in parts if part)
 
