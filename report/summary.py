@@ -205,7 +205,7 @@ def abstract(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
         f"So tuned, {accuracy('before')}.",
         f"Before Adam, the best γ of {row['3-before-tuned']['n']} independent searches is "
         f"{said('3-before-tuned', NEAR_ZERO)} on average; SGSC's best learning rate is {said('4-before-tuned', RATE)}.",
-        f"With SGSC's tuned learning rate for both, its loss is {at_sgscs}; with Adam's tuned rate for both, "
+        f"With SGSC's tuned learning rate for both, its loss is {at_sgscs}; with Adam's tuned rate for both, it is "
         f"{at_adams}.{missed} Each at its own, over a whole run the loss "
         f"{said('1r-before-tuned', RISES)}; with every search counted once it {said('1r-before-searches', RISES)}.",
         f"With the card's own settings SGSC's training loss is {said('1-card-values', SMOOTH)}. The lower learning "
