@@ -846,6 +846,13 @@ class SGSC:
                     f"Freeze its parameters, or, if it maps one tensor to one tensor, sample by sample, {way_out}. "
                     f"{reference}",
                 )
+            try:
+                inspect.signature(self.rules[type(module)]).bind(module, None, None)
+            except TypeError as error:
+                raise TypeError(
+                    f"The rule for '{name}' ({type(module).__name__}) should be a function of the module, its input "
+                    f"and the error at its output. Found {self.rules[type(module)]!r}: {error}."
+                ) from error
             if any(not p.is_floating_point() for p in owned.values()):
                 refuse(name, module, "its parameters are not real floating-point numbers", reference)
             if _is_torchs_own(module) and not owned.keys() <= {"weight", "bias"}:  # the older weight and spectral norm
@@ -1019,9 +1026,13 @@ class SGSC:
                     work.wait()
                 samples = int(total)
             if not samples:
+                if not self._hooks:
+                    raise RuntimeError("No statistic: remove() took the hooks off the model. Build SGSC anew.")
                 raise RuntimeError(
-                    "No statistic yet: call loss.backward() first, on a forward pass made after SGSC was built. A "
-                    "model compiled and run before that runs without its hooks: build SGSC first, then compile."
+                    "No statistic yet: call loss.backward() first, on a forward pass made after SGSC was built, and "
+                    "before the block of scaled_update(), so that an optimizer that calls backward itself, such as "
+                    "LBFGS, is not served. A model compiled and run before SGSC was built runs without its hooks: "
+                    "build SGSC first, then compile."
                 )
             for name, p in parameters.items():
                 if name not in self._sums and p.grad is not None and not active[name] and p.grad.any():
@@ -1660,7 +1671,8 @@ def train(
     try:
         with on_workers(scheduler, n_jobs, len(stacks)):
             results = joblib.Parallel(return_as="generator")(map(job, stacks))
-            results = list(with_progress(results, len(stacks), progress))
+            label = progress and f"{progress}, stacks of up to {stack_size} runs"
+            results = list(with_progress(results, len(stacks), label))
     finally:
         torch.set_num_threads(threads)
     back = np.argsort(np.concatenate(stacks))

@@ -24,7 +24,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,23 @@ def lower_bounds(notebook: Path) -> dict[str, float]:
     return {word.arg: ast.literal_eval(word.value) for call in mine for word in call.keywords if word.arg}
 
 
+def names_given(notebook: Path) -> set[str]:
+    """Return what the notebook's source calls its tables' files and the labels of its figures and tables."""
+    names = set()
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if cell.cell_type != "code":
+            continue
+        with suppress(SyntaxError):  # IPython's own commands, which name nothing
+            for node in ast.walk(ast.parse(cell.source)):
+                if not isinstance(node, ast.Call) or len(node.args) < 2:
+                    continue
+                kind = getattr(node.func, "id", "").replace("write_table", "file")
+                name = getattr(node.args[1], "right", node.args[1])  # of folder / "name.csv"
+                if kind in ("figure", "table", "file") and isinstance(name, ast.Constant):
+                    names.add(f"{kind} {name.value!r}")  # a computed one is looked at once it is written
+    return names
+
+
 def read_profile(place: Place) -> dict[str, dict[str, Any]]:
     """Return `{notebook: {parameter: value}}` in the order to run; BuildError lists all that is wrong with it."""
     path = f"report/profiles/{place.profile}.yaml"
@@ -128,7 +145,7 @@ def read_profile(place: Place) -> dict[str, dict[str, Any]]:
         raise BuildError(f"{path} is not YAML: {error}") from None
     if not isinstance(profile, dict):
         raise BuildError(f"{path} should be lines of `notebook: {{parameter: value}}`. Found {profile!r}.")
-    plan, problems, folder = {}, [], place.results.relative_to(place.root).as_posix()
+    plan, problems, named, folder = {}, [], {}, place.results.relative_to(place.root).as_posix()
     for stem, given in profile.items():
         if stem not in notebooks(place.root):
             problems.append(f"{path}: there is no notebook {stem!r}. There are: {', '.join(notebooks(place.root))}.")
@@ -144,9 +161,14 @@ def read_profile(place: Place) -> dict[str, dict[str, Any]]:
             if name == "results":
                 found.append("`results` is set by build.py. Leave it out.")
             elif name not in declared:
-                found.append(f"`{name}` is not a parameter of this notebook. It has: {', '.join(declared) or 'none'}.")
+                found.append(f"`{name}` is not a parameter of this notebook. It has: {', '.join(declared)}.")
+        if not declared:
+            found = ["it should have a cell with the tag `parameters`, lines of `name: type = default`. Found none."]
         kinds = {name: declared[name]["inferred_type_name"] for name in values if name in declared}
         found += parameter_problems(kinds, values, lower_bounds(place.notebook(stem)))
+        for name in sorted(names_given(place.notebook(stem))):
+            if (other := named.setdefault(name, stem)) != stem:
+                found.append(f"{name} is of {other} already. Give it a name of its own.")
         problems += [f"{path}, {stem}: {problem}" for problem in found]
         plan[stem] = values
         if "results" in declared:
@@ -232,7 +254,8 @@ def build(profile: str, only: str | None = None, root: Path = ROOT) -> Path | No
     plan = read_profile(place)
     todo = [stem for stem in plan if stem.startswith(only or "")]
     if only and len(todo) != 1:
-        raise BuildError(f"--only should be the start of one notebook's name: {', '.join(plan)}. Found {only!r}.")
+        found = f"Found {only!r}, which fits {len(todo)}."
+        raise BuildError(f"--only should be the start of one notebook's name: {', '.join(plan)}. {found}")
     with locked(place):
         ran = run(place, plan, todo)
         return write_page(place, plan, ran)

@@ -202,12 +202,13 @@ def abstract(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
         f"With both tuned alike, SGSC's training loss is {said('1-before-tuned', SMOOTH)}, over "
         f"{row['1-before-tuned']['n']} paired seeds; with each of {row['1-before-searches']['n']} searches counted "
         f"once, {said('1-before-searches', SMOOTH)}.",
-        f"So tuned, {accuracy('before')}.",
+        f"So tuned, over a whole run that loss {said('1r-before-tuned', RISES)}; with every search counted once it "
+        f"{said('1r-before-searches', RISES)}.",
+        f"Tuned alike, {accuracy('before')}.",
         f"Before Adam, the best γ of {row['3-before-tuned']['n']} independent searches is "
         f"{said('3-before-tuned', NEAR_ZERO)} on average; SGSC's best learning rate is {said('4-before-tuned', RATE)}.",
         f"With SGSC's tuned learning rate for both, its loss is {at_sgscs}; with Adam's tuned rate for both, it is "
-        f"{at_adams}.{missed} Each at its own, over a whole run the loss "
-        f"{said('1r-before-tuned', RISES)}; with every search counted once it {said('1r-before-searches', RISES)}.",
+        f"{at_adams}.{missed}",
         f"With the card's own settings SGSC's training loss is {said('1-card-values', SMOOTH)}. The lower learning "
         f"rate alone makes {shown(row['1a-card-values-learning-rate'])}; γ alone makes {adams} at Adam's rate and "
         f"{sgscs} at SGSC's.",

@@ -115,6 +115,26 @@ def test_a_profile_that_is_not_yaml_is_refused(toy, capsys):
     assert "smoke.yaml is not YAML" in capsys.readouterr().err
 
 
+def test_a_notebook_without_a_parameters_cell_is_refused(toy, capsys):
+    root = toy("01_one:")
+    write_notebook(root / "notebooks" / "01_one.ipynb", "# One", code("n: int = 1"))
+    assert build.main(["--profile", "smoke"], root) == 1
+    assert "01_one: it should have a cell with the tag `parameters`" in capsys.readouterr().err
+
+
+def test_a_file_or_label_that_another_notebook_has_is_refused_before_any_runs(toy, capsys):
+    root = toy("01_one:\n02_two:\n")
+    source = "!ls"  # no Python
+    for stem, file, label in ("01_one", "a", "b"), ("02_two", "a", "c"):
+        made = f'write_table(t, folder / "{file}.csv")\nfigure(fig, "{label}", caption="c", alt="a")\n'
+        cell = code(made + 'write_table(t, folder / f"{k}.csv")')
+        write_notebook(root / "notebooks" / f"{stem}.ipynb", "# N", PARAMETERS, code(source), cell)
+    assert build.main(["--profile", "smoke"], root) == 1
+    message = capsys.readouterr().err
+    assert "02_two: file 'a.csv' is of 01_one already. Give it a name of its own." in message
+    assert message.count("already") == 1 and not (root / "report" / "executed").exists()
+
+
 def test_a_missing_profile_names_those_there_are(toy, capsys):
     toy("01_one:", name="quick")
     assert build.main(["--profile", "ful"], toy("01_one:")) == 1
@@ -350,7 +370,8 @@ def test_only_runs_one_notebook_and_never_mixes_runs(made, capsys):
     first.write_text(source)
     assert build.main(["--profile", "smoke", "--only", "0"], root) == 1
     assert (
-        "--only should be the start of one notebook's name: 01_first, 02_second. Found '0'." in capsys.readouterr().err
+        "--only should be the start of one notebook's name: 01_first, 02_second. Found '0', which fits 2."
+        in capsys.readouterr().err
     )
 
 
@@ -381,7 +402,7 @@ def test_a_failing_cell_is_named_and_leaves_the_page_as_it_was(toy, capsys, sour
 def test_an_interrupt_ends_the_kernel_and_leaves_the_page_as_it_was(toy):
     root = toy("01_slow:")
     wait = "import os, time\nprint('kernel', os.getpid(), flush=True)\ntime.sleep(60)"
-    write_notebook(root / "notebooks" / "01_slow.ipynb", "# Slow", code(wait))
+    write_notebook(root / "notebooks" / "01_slow.ipynb", "# Slow", PARAMETERS, code(wait))
     script = (
         "import pathlib, signal, sys; sys.path.insert(0, sys.argv[2]); import build; "
         "signal.signal(signal.SIGINT, signal.default_int_handler); "

@@ -208,7 +208,7 @@ def test_a_build_from_the_cache_gives_the_same_bytes_and_still_says_what_trainin
 def test_a_second_build_ends_at_once_and_a_terminated_one_leaves_the_page(tmp_path):
     root = copy_repository(tmp_path, toy=True)
     wait = "import time\nprint('waiting', flush=True)\ntime.sleep(120)"
-    write_notebook(root / "notebooks" / "01_train.ipynb", "# Wait", code(wait))
+    write_notebook(root / "notebooks" / "01_train.ipynb", "# Wait", TRAINING[1], code(wait))
     page = root / "report" / "sgsc-toy.html"
     page.write_text("the previous page")
     first = start_build(root, "--profile", "toy")

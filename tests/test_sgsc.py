@@ -677,6 +677,13 @@ def test_a_layer_of_ones_own_is_served_by_one_line(monkeypatch):
     assert_consistency(measured(model, x, y), per_sample_gradients(model, x, y))
 
 
+@pytest.mark.parametrize("rule", [lambda module, inputs: {}, lambda: {}, None], ids=["two", "none", "no function"])
+def test_what_cannot_be_called_as_a_rule_is_refused_before_training(monkeypatch, rule):
+    monkeypatch.setitem(SGSC.rules, nn.Linear, rule)
+    with pytest.raises(TypeError, match=r"The rule for '0' \(Linear\) should be a function of the module, its input"):
+        SGSC(mlp((4, 2), seed=0), gamma=1.0)
+
+
 def test_a_rule_that_forgets_a_parameter_is_named(monkeypatch):
     model, x, y = toy()
     monkeypatch.setitem(SGSC.rules, nn.Linear, lambda module, inputs, errors: {})
@@ -926,6 +933,16 @@ def test_refuses_a_gate_before_a_backward_pass():
     for use in (sgsc.consistency, sgsc.summary, sgsc.scale_gradients_, lambda: sgsc.scaled_update().__enter__()):
         with pytest.raises(RuntimeError, match=r"No statistic yet: call loss.backward\(\) first"):
             use()
+    sgsc.remove()
+    with pytest.raises(RuntimeError, match=r"No statistic: remove\(\) took the hooks off the model"):
+        sgsc.scale_gradients_()
+
+
+def test_an_optimizer_that_calls_backward_itself_is_not_served_and_told_so():
+    model, x, y = toy()
+    sgsc, optimizer = SGSC(model, gamma=0.5), torch.optim.LBFGS(model.parameters())
+    with pytest.raises(RuntimeError, match="calls backward itself, such as LBFGS"), sgsc.scaled_update():
+        optimizer.step(lambda: loss_of(model, x, y).backward())
 
 
 @pytest.mark.parametrize("first", ["before", "after"])
