@@ -11,7 +11,7 @@ help:            ## list the targets
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv && $(BIN)/pip install --quiet -r requirements.txt && touch $@
 
-report: .venv/installed  ## run the notebooks and write the page; PROFILE=full (default), quick or smoke
+report: .venv/installed  ## run the notebooks and write the page; PROFILE=full (default), quick, smoke or your own
 	$(BIN)/python report/build.py --profile $(PROFILE)
 
 quick: .venv/installed   ## the same as `make report PROFILE=quick`

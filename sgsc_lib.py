@@ -545,6 +545,8 @@ def check_gate(name: str, gate: Gate) -> None:
     TypeError: The gate 'half' should have, after its sums and a `*`, the keywords `batch_size` and `gamma`, used or \
 not, like (sign, *, batch_size, gamma). Found (sign).
     """
+    if name in RELATIVES:
+        raise ValueError(f"The gate {name!r} should have another name: {' and '.join(RELATIVES)} are methods of train.")
     signature = inspect.signature(gate)
     keywords = {p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
     if not {"batch_size", "gamma"} <= keywords:

@@ -232,6 +232,7 @@ def run_notebook(place: Place, stem: str, parameters: dict[str, Any]) -> None:
         papermill.execute_notebook(
             place.notebook(stem), output, parameters, kernel_name="python3", progress_bar=False,
             cwd=place.root, stdout_file=sys.stdout, stderr_file=sys.stderr, config=KERNEL,
+            extra_arguments=["--log-level=CRITICAL"],  # a kernel that is told to end calls that an ERROR
         )  # fmt: skip
     except (PapermillExecutionError, DeadKernelError) as error:
         cells = [cell for cell in nbformat.read(output, as_version=4).cells if "papermill" in cell.metadata]
@@ -357,6 +358,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     options = parser.parse_args(argv)
     try:
         if options.list:
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--list | head` ends in silence
             print(list_all(root))
         else:
             build(options.profile, options.only, root)

@@ -533,6 +533,13 @@ def test_what_is_no_gate_is_refused_before_any_training(small, monkeypatch, gate
         train([Run(0, 0.1, 1.0, gate="mine")], small, n_jobs=1, **SHORT)
 
 
+@pytest.mark.parametrize("name", sgsc_lib.RELATIVES)
+def test_a_gate_with_the_name_of_another_method_is_refused(small, monkeypatch, name):
+    monkeypatch.setitem(sgsc_lib.GATES, name, sgsc_lib.sign_gate)
+    with pytest.raises(ValueError, match=f"The gate '{name}' should have another name"):
+        train([Run(0, 0.1, 1.0, "after", gate=name)], small, n_jobs=1, **SHORT)
+
+
 def test_a_gate_whose_loss_is_lost_in_training_is_named(small, monkeypatch):
     def mine(total, *, batch_size, gamma):  # finite on every small sum that the check tries
         return torch.where(total.abs() < 1e-3, torch.nan, 1.0) if total.shape[-1] > 5 else torch.ones_like(total)
