@@ -112,6 +112,20 @@ RATE = {
     "inconclusive": "not clearly lower or higher than Adam's",
 }
 
+WORDS = """\
+The *card* is the short report whose claims are tested. The *gate* is the factor c^γ: *before Adam* (the card's
+method) it scales the gradient that enters Adam, *after Adam* the finished update. *Paired* runs share initial
+weights and batches. *Roughness* says how much the logarithm of the training loss bends from epoch to epoch, × 2 is
+twice Adam's; a loss *rises* by so many nats in all. Brackets are 95 % intervals. *Equivalent*, or the same within
+the margin: the 90 % interval lies within a margin fixed beforehand (1 point of accuracy, 10 % of roughness, 0.05
+nats of rise), even where the 95 % interval leaves out 0. *Better*, *worse*, *confirmed*, *contradicted*: the 95 %
+interval leaves out what no difference would be, 0 or × 1 (for the best γ: the 0.1 of the claim). *Inconclusive*, or
+not clearly: neither. A *fresh draw* is 10,000 new test samples. *Both tuned* compares the best winners of several
+searches for the hyperparameters, on the seeds of the evaluation; *every search* counts each search once, by its
+winner's mean over those seeds, so that it speaks of tuning and not of one winner. Gates *shuffled over parameters*,
+*averaged in each layer* or *frozen at the first step* are look-alikes: where they do as well, it is not the
+agreement of the signs that helps. A *replica* is the whole study run once more with its sums rounded otherwise."""
+
 OPPOSITE = {"better": "worse", "worse": "better", "confirmed": "contradicted", "contradicted": "confirmed"}
 
 
@@ -144,20 +158,58 @@ def strength_of(correlation: float) -> str:
     return next(word for limit, word in words if correlation < limit)
 
 
-def said_of(row: dict[str, dict], there: dict[str, dict]) -> Callable[[str, Mapping[str, str]], str]:
-    """Return how to say a claim: its verdict in the given words and its estimate.
+def said_of(
+    row: dict[str, dict], there: dict[str, dict], *, numbers: bool = True
+) -> Callable[[str, Mapping[str, str]], str]:
+    """Return how to say a claim: its verdict in the given words and, with `numbers`, its estimate.
 
     Where the replica's claims, `there`, hold another verdict, it follows in brackets.
     """
 
     def said(identity: str, words: Mapping[str, str]) -> str:
         own, other = row[identity], there.get(identity, row[identity])
-        text = f"**{words[own['verdict']]}**: {shown(own)}"
+        estimate, its = (f": {shown(claim)}" if numbers else "" for claim in (own, other))
+        text = f"**{words[own['verdict']]}**{estimate}"
         if other["verdict"] != own["verdict"]:
-            text += f" (*replica: {words[other['verdict']]}*: {shown(other)})"
+            text += f" (*replica: {words[other['verdict']]}*{its})"
         return text
 
     return said
+
+
+def in_short(row: dict[str, dict], there: dict[str, dict]) -> str:
+    """The answer in words alone, of what no search chose or every search counts in; empty without those claims."""
+    rates, alone_rate = ("common-lr-adam", "common-lr-sgsc"), "1a-card-values-learning-rate"
+    needed = {f"{claim}-card-{setting}" for claim in (1, 2) for setting in ("values", *rates)} | {
+        alone_rate,
+        *("1-before-searches", "2f-before-searches", "3-before-tuned", "2f-after-searches"),
+        *(f"{number}f-sgsc-after-vs-adamw" for number in (8, 11)),
+    }
+    if not needed <= row.keys():
+        return ""
+    said = said_of(row, there, numbers=False)
+    given, at_adams, at_sgscs = (
+        f"{said(f'1-card-{setting}', SMOOTH)} and its test accuracy {said(f'2-card-{setting}', ACCURATE)}"
+        for setting in ("values", *rates)
+    )
+    one_rate = f"with its Adam rate for both the loss is {at_adams}; with its SGSC rate for both it is {at_sgscs}"
+    if at_adams == at_sgscs:
+        one_rate = f"with either of its learning rates for both, the loss is {at_adams}"
+    given_smooths, *gamma_smooths = (
+        row[f"1-card-{setting}"]["verdict"] == "confirmed" for setting in ("values", *rates)
+    )
+    cause = ""
+    if given_smooths and row[alone_rate]["verdict"] == "better" and not any(gamma_smooths):
+        cause = " It is the lower learning rate that smooths, not γ."
+    against = {verdict: f"{words} AdamW" for verdict, words in AGAINST.items()}
+    return (
+        f"In short: with the card's settings SGSC's training loss is {given}; {one_rate}.{cause} Tuned anew and with "
+        f"every search counted, its loss is {said('1-before-searches', SMOOTH)} and its test accuracy "
+        f"{said('2f-before-searches', ACCURATE)}; its best γ is {said('3-before-tuned', NEAR_ZERO)}. With the gate "
+        f"after Adam and so tuned, the accuracy is {said('2f-after-searches', ACCURATE)}; from one search each it is "
+        f"{said('8f-sgsc-after-vs-adamw', against)} and, where both have cosine decay, "
+        f"{said('11f-sgsc-after-vs-adamw', against)}."
+    )
 
 
 def abstract(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
@@ -196,12 +248,15 @@ def abstract(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
     only = f", but only {strength_of(signal['estimate'])}" if signal["verdict"] == "confirmed" else ""
     missed = ""
     if row["2-before-tuned"]["verdict"] == "confirmed":
-        missed = " As γ = 0 is Adam, what SGSC loses when tuned is what its search over one more parameter missed."
+        missed = (
+            " SGSC with γ = 0 is Adam, so a perfect search would cost it nothing: what it loses when tuned is the "
+            "price of searching one parameter more with as many trials."
+        )
     marks, _, correlation = said("5-signal", NOISE).partition(": ")
     return [
         f"With both tuned alike, SGSC's training loss is {said('1-before-tuned', SMOOTH)}, over "
         f"{row['1-before-tuned']['n']} paired seeds; with each of {row['1-before-searches']['n']} searches counted "
-        f"once, {said('1-before-searches', SMOOTH)}.",
+        f"once, which speaks of tuning and not of one winner, {said('1-before-searches', SMOOTH)}.",
         f"So tuned, over a whole run that loss {said('1r-before-tuned', RISES)}; with every search counted once it "
         f"{said('1r-before-searches', RISES)}.",
         f"Tuned alike, {accuracy('before')}.",
@@ -243,9 +298,9 @@ def beyond_the_card(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
             f"{said(contest, words)} in the contest and {said(cell, words)} in the map" for contest, cell in again
         )
         sentences.append(
-            "Both comparisons with Adam were searched twice more in notebook 05: for its contest, and for the cell of "
-            "its map over noise and batch size that is the study's own. On a fresh draw the gate before Adam is "
-            f"{before}; the gate after Adam is {after}."
+            "Notebook 05 tuned SGSC and Adam twice more: for its contest of methods, and at every cell of its map over "
+            "wrong labels and batch sizes, of which one has the study's own labels and batch size. On a fresh draw the "
+            f"gate before Adam is {before}, both against Adam; the gate after Adam is {after}."
         )
     return sentences + over_the_map(row, there)
 
@@ -253,13 +308,13 @@ def beyond_the_card(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
 def over_the_map(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
     """The sentences that count the verdicts over the cells of notebook 05's map, with clean and with wrong labels."""
     pairs = {
-        "before-vs-adam": "the gate before Adam is against Adam",
-        "after-vs-adam": "the gate after Adam is against Adam",
-        "after-vs-adam-cosine-decay": "the gate after Adam is against Adam with cosine decay",
+        "before-vs-adam": ("the gate before Adam is", "than Adam"),
+        "after-vs-adam": ("the gate after Adam is", "than Adam"),
+        "after-vs-adam-cosine-decay": ("the gate after Adam is", "than Adam with cosine decay"),
     }
     kinds = {
-        "With clean labels": r"0-\d+-equal-(epochs|steps)",
-        "With wrong training labels": r"0\.\d+-\d+-equal-epochs",
+        "clean labels": r"0-\d+-equal-(epochs|steps)",
+        "wrong training labels": r"0\.\d+-\d+-equal-epochs",
     }
 
     def verdicts(claims: dict[str, dict], cell: str) -> list[str]:
@@ -268,15 +323,15 @@ def over_the_map(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
     sentences = []
     for kind, cells in kinds.items():
         parts = []
-        for pair, name in pairs.items():
+        for pair, (name, rival) in pairs.items():
             here, replica = (verdicts(claims, f"9-sgsc-{pair}-{cells}") for claims in (row, there))
-            part = f"{name} **more accurate in {here.count('better')} and less in {here.count('worse')}**"
+            part = f"{name} **more accurate {rival} in {here.count('better')} and less in {here.count('worse')}**"
             if replica and sorted(replica) != sorted(here):
                 part += f" (*replica: {replica.count('better')} and {replica.count('worse')}*)"
             parts += [part] if here else []
         if parts:
             n = len(verdicts(row, f"9-sgsc-after-vs-adam-{cells}"))
-            sentences.append(f"{kind}, of {n} cells of that map, {'; '.join(parts)}.")
+            sentences.append(f"Of the {n} cells of that map with {kind}, {'; '.join(parts)}.")
     return sentences
 
 
@@ -359,9 +414,9 @@ def alone(claims: pd.DataFrame) -> str:
     """What the number of verdicts does to them."""
     definite = claims["verdict"].isin(OPPOSITE).sum()
     return (
-        f"Each verdict stands for itself, uncorrected for their number: {definite} of the {len(claims)} are definite "
-        f"(better, worse, confirmed or contradicted), where {0.05 * len(claims):.0f} at most would be on average if "
-        "nothing differed."
+        f"Each verdict stands for itself, uncorrected for their number: of all {len(claims)} in the study's "
+        f"claims.csv, {definite} are definite (better, worse, confirmed or contradicted), where "
+        f"{0.05 * len(claims):.0f} at most would be on average if nothing differed."
     )
 
 
@@ -414,6 +469,8 @@ def findings(claims_csv: Path, replica: pd.DataFrame | None = None) -> str:
     whole_header = "| The card's claim, before Adam | condition | n | estimate, 95 % interval | verdict |"
     beyond_header = "| Beyond the card, all tuned anew (notebook 05) | on the test set | on a fresh draw | n |"
     parts = [
+        in_short(row, there),
+        folded("The words used here", WORDS),
         bullets(abstract(row, there)),
         markdown_table(short_header, short),
         alone(claims),
@@ -503,7 +560,7 @@ def readme(text: str, results: Path, said: str) -> tuple[str, str]:
     """
     svg, caption, alt = forest(results / "comparisons.csv", facecolor="white", transparent=False)
     picture = f'<img src="{FIGURE}" alt="{html.escape(alt)}">\n\n{caption}'
-    sentences, tables = said.split("\n\n", 1)
+    sentences, tables = re.split(r"\n\n(?=\|)", said, maxsplit=1)  # the picture stands before the first table
     training = [entry["training"] for entry in read_manifest(results)["notebooks"].values()]
     minutes = sum(trained["seconds"] for trained in training) / 60
     machines = " and ".join(sorted({trained["machine"] for trained in training}))

@@ -203,8 +203,13 @@ def test_every_table_can_be_saved_as_it_is_shown(open_page):
 
 def test_the_first_screen_has_the_answer(open_page):
     page = open_page()
-    assert page.locator("#findings > ul > li").count() == 7 and page.locator("#findings details li").count() == 4
-    lowest = page.locator("#findings > ul > li").nth(2).bounding_box()  # the smoke profile's banner takes some room
+    assert page.locator("#findings > ul > li").count() == 8 and page.locator("#findings details li").count() == 4
+    assert (
+        page.locator("#findings > p")
+        .first.text_content()
+        .startswith("In short: with the card's settings".replace("'", "\u2019"))
+    )
+    lowest = page.locator("#findings > ul > li").nth(1).bounding_box()  # the smoke profile's banner takes some room
     assert lowest["y"] + lowest["height"] <= WIDE["height"]
     assert page.locator("#findings figcaption").text_content().startswith("Figure\u00a01. ")
     assert re.search(r"the card's settings: −?\d+\.\d\d \[", page.locator("#findings img").get_attribute("alt"))
@@ -325,8 +330,8 @@ def test_the_answer_says_what_the_verdicts_say(tmp_path, verdict, smooth, accura
             verdict,
         ),
     )
-    first, second, *rest = summary.findings(path).split("\n\n")[0].splitlines()
-    assert smooth in first and second.count(accurate) == 3 and len(rest) == 5
+    first, _, third, *rest = sentences(summary.findings(path))
+    assert smooth in first and third.count(accurate) == 3 and len(rest) == 5
 
 
 @pytest.mark.parametrize("verdict", ["confirmed", "contradicted", "inconclusive"])
@@ -334,15 +339,41 @@ def test_the_answer_tells_of_the_rise_the_best_gamma_and_the_signal(tmp_path, ve
     told = {"1r-before-tuned": summary.RISES, "3-before-tuned": summary.NEAR_ZERO, "4-before-tuned": summary.RATE}
     told |= {"5-signal": summary.NOISE}
     path = claims_with(tmp_path, **dict.fromkeys([f"claim_{name.replace('-', '_')}" for name in told], verdict))
-    _, _, third, fourth, _, sixth, *_ = summary.findings(path).splitlines()
-    for words, sentence in zip(told.values(), (fourth, third, third, sixth), strict=True):
+    _, second, _, fourth, _, _, seventh, *_ = sentences(summary.findings(path))
+    for words, sentence in zip(told.values(), (second, fourth, fourth, seventh), strict=True):
         assert f"**{words[verdict]}**" in sentence
-    assert ("but only" in sixth) == (verdict == "confirmed")
+    assert ("but only" in seventh) == (verdict == "confirmed")
+
+
+@pytest.mark.parametrize("verdict", ["confirmed", "contradicted", "equivalent", "inconclusive"])
+def test_the_short_answer_says_what_the_verdicts_say_and_names_a_cause_only_where_they_do(tmp_path, verdict):
+    either = [f"claim_{claim}_card_common_lr_{arm}" for claim in (1, 2) for arm in ("adam", "sgsc")]
+    path = claims_with(tmp_path, claim_1_card_values="confirmed", **dict.fromkeys(either, verdict))
+    short = summary.findings(path).split("\n\n")[0]
+    assert (
+        f"with either of its learning rates for both, the loss is **{summary.SMOOTH[verdict]}** and its test accuracy "
+        f"**{summary.ACCURATE[verdict]}**" in short
+    )
+    assert ("It is the lower learning rate that smooths, not γ." in short) == (verdict != "confirmed")
+    path = claims_with(tmp_path, claim_1_card_common_lr_adam=verdict, claim_1_card_values="contradicted")
+    claims = pd.read_csv(path).set_index("id")
+    claims.loc[["8f-sgsc-after-vs-adamw", "11f-sgsc-after-vs-adamw"], "verdict"] = "better", "worse"
+    claims.loc["2f-after-searches", "verdict"] = verdict
+    claims.reset_index().to_csv(path)
+    short = summary.findings(path, pd.read_csv(RESULTS / "claims.csv")).split("\n\n")[0]
+    assert "It is the lower" not in short and "**more accurate than AdamW** (*replica: " in short
+    assert f"so tuned, the accuracy is **{summary.ACCURATE[verdict]}**" in short
+    assert "×" not in short and "points" not in short  # words alone
+
+
+def sentences(findings: str) -> list[str]:
+    """The sentences on the card's claims, which come before any table."""
+    return [line for line in findings.split("\n|")[0].splitlines() if line.startswith("- ")]
 
 
 def past_the_card(path: Path, part: int = 0) -> str:
-    """The first fold of the findings: its sentences (part 0) or its table (part 1)."""
-    return summary.findings(path).split("<details>")[1].split("\n\n")[1:][part]
+    """The second fold of the findings, past the words: its sentences (part 0) or its table (part 1)."""
+    return summary.findings(path).split("<details>")[2].split("\n\n")[1:][part]
 
 
 def test_the_answer_counts_the_cells_with_wrong_labels(tmp_path):
@@ -354,10 +385,10 @@ def test_the_answer_counts_the_cells_with_wrong_labels(tmp_path):
     n, worse = noisy.sum() // 2, (claims[noisy]["verdict"] == "worse").sum()
     last = past_the_card(tmp_path / "claims.csv").splitlines()[-1]
     assert (
-        f"of {n} cells of that map" in last
-        and f"after Adam is against Adam **more accurate in {n} and less in 0**" in last
+        f"Of the {n} cells of that map" in last
+        and f"after Adam is **more accurate than Adam in {n} and less in 0**" in last
     )
-    assert f"against Adam with cosine decay **more accurate in {n - worse} and less in {worse}**" in last and worse > 0
+    assert f"**more accurate than Adam with cosine decay in {n - worse} and less in {worse}**" in last and worse > 0
 
 
 def test_the_answers_numbers_are_the_claims_in_a_readers_units(tmp_path):
@@ -372,7 +403,7 @@ def test_the_answers_numbers_are_the_claims_in_a_readers_units(tmp_path):
 
 def test_every_verdict_of_the_card_is_in_the_folded_table():
     claims = pd.read_csv(RESULTS / "claims.csv")
-    folded = summary.findings(RESULTS / "claims.csv").split("<details>")[2]
+    folded = summary.findings(RESULTS / "claims.csv").split("<details>")[3]
     card = claims[(claims["source"] == "card") & ~claims["id"].str.contains("after")]
     verdicts = [line.split("|")[-2].strip() for line in folded.splitlines() if line.startswith("| ")][1:]
     assert sorted(verdicts) == sorted(card["verdict"])
@@ -410,7 +441,7 @@ def test_a_replicas_other_verdicts_stand_beside_the_studys(tmp_path):
     replica.loc["1-before-tuned", ["verdict", "estimate"]] = "confirmed", own["ci_high"].max() + 100
     replica.loc["2-before-tuned", "verdict"] = "inconclusive"
     text = summary.findings(tmp_path / "claims.csv", replica.reset_index()).replace("\u00a0%", " %")
-    first, second, *others = text.split("\n\n")[0].splitlines()
+    first, _, second, *others = sentences(text)
     assert "loss is **rougher than Adam's**: " in first and "(*replica: smoother than Adam's*: roughness" in first
     assert "is **the same as Adam's within" in second and "(*replica: not clearly lower or" in second
     assert first.count("(*replica") == second.count("(*replica") == 1 and "(*replica" not in "".join(others)
@@ -418,7 +449,7 @@ def test_a_replicas_other_verdicts_stand_beside_the_studys(tmp_path):
     assert "1 change between equivalent and inconclusive, and 1 is the opposite (SGSC's training loss" in text
     given = own["setting"].str.startswith("card's values").sum()
     assert f"in {given} of {given} cases on" in text and "no search between, 83 % would." in text
-    short, _, whole = text.split("<details>")
+    _, short, _, whole = text.split("<details>")
     assert short.count("<br>replica: **") == 2 and "<br>replica: **confirmed**" in short
     assert whole.count("| verdict | replica |") == 1 and whole.count("**confirmed**") >= 1
 
