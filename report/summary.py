@@ -120,11 +120,12 @@ twice Adam's; a loss *rises* by so many nats in all. Brackets are 95 % intervals
 the margin: the 90 % interval lies within a margin fixed beforehand (1 point of accuracy, 10 % of roughness, 0.05
 nats of rise), even where the 95 % interval leaves out 0. *Better*, *worse*, *confirmed*, *contradicted*: the 95 %
 interval leaves out what no difference would be, 0 or × 1 (for the best γ: the 0.1 of the claim). *Inconclusive*, or
-not clearly: neither. A *fresh draw* is 10,000 new test samples. *Both tuned* compares the best winners of several
+not clearly: neither. A *fresh draw* is a new, larger sample to test on. *Both tuned* compares the best winners of several
 searches for the hyperparameters, on the seeds of the evaluation; *every search* counts each search once, by its
 winner's mean over those seeds, so that it speaks of tuning and not of one winner. Gates *shuffled over parameters*,
 *averaged in each layer* or *frozen at the first step* are look-alikes: where they do as well, it is not the
-agreement of the signs that helps. A *replica* is the whole study run once more with its sums rounded otherwise."""
+agreement of the signs that helps."""
+REPLICA = " A *replica* is the whole study run once more with its sums rounded otherwise."
 
 OPPOSITE = {"better": "worse", "worse": "better", "confirmed": "contradicted", "contradicted": "confirmed"}
 
@@ -194,7 +195,7 @@ def in_short(row: dict[str, dict], there: dict[str, dict]) -> str:
     )
     one_rate = f"with its Adam rate for both the loss is {at_adams}; with its SGSC rate for both it is {at_sgscs}"
     if at_adams == at_sgscs:
-        one_rate = f"with either of its learning rates for both, the loss is {at_adams}"
+        one_rate = f"with either of the two learning rates for both, the loss is {at_adams}"
     given_smooths, *gamma_smooths = (
         row[f"1-card-{setting}"]["verdict"] == "confirmed" for setting in ("values", *rates)
     )
@@ -206,7 +207,7 @@ def in_short(row: dict[str, dict], there: dict[str, dict]) -> str:
         f"In short: with the card's settings SGSC's training loss is {given}; {one_rate}.{cause} Tuned anew and with "
         f"every search counted, its loss is {said('1-before-searches', SMOOTH)} and its test accuracy "
         f"{said('2f-before-searches', ACCURATE)}; its best γ is {said('3-before-tuned', NEAR_ZERO)}. With the gate "
-        f"after Adam and so tuned, the accuracy is {said('2f-after-searches', ACCURATE)}; from one search each it is "
+        f"after Adam and so tuned, the accuracy is {said('2f-after-searches', ACCURATE)}; with one search for each it is "
         f"{said('8f-sgsc-after-vs-adamw', against)} and, where both have cosine decay, "
         f"{said('11f-sgsc-after-vs-adamw', against)}."
     )
@@ -249,7 +250,7 @@ def abstract(row: dict[str, dict], there: dict[str, dict]) -> list[str]:
     missed = ""
     if row["2-before-tuned"]["verdict"] == "confirmed":
         missed = (
-            " SGSC with γ = 0 is Adam, so a perfect search would cost it nothing: what it loses when tuned is the "
+            " SGSC with γ = 0 is Adam, so a perfect search would cost it nothing; what it loses when tuned is the "
             "price of searching one parameter more with as many trials."
         )
     marks, _, correlation = said("5-signal", NOISE).partition(": ")
@@ -386,7 +387,7 @@ def firmness(claims: pd.DataFrame, replica: pd.DataFrame) -> str:
     opposite = both["verdict_there"] == both["verdict"].map(OPPOSITE)
     once = ~opposite & (both["verdict"].isin(OPPOSITE) ^ both["verdict_there"].isin(OPPOSITE))
     named = "; ".join(
-        f"{c['claim']}, {c['setting']}: {shown(c)}, there {shown({k: c.get(f'{k}_there', c[k]) for k in claims})}"
+        f"{c['claim']}, {CONDITIONS.get(c['setting'], c['setting'])}: {shown(c)}, there {shown({k: c.get(f'{k}_there', c[k]) for k in claims})}"
         for c in both[opposite].to_dict("records")
     )
     given = both["setting"].str.startswith("card's values")
@@ -402,8 +403,8 @@ def firmness(claims: pd.DataFrame, replica: pd.DataFrame) -> str:
         f"{opposite.sum()} {'is' if opposite.sum() == 1 else 'are'} the opposite{f' ({named})' if named else ''}. The "
         f"replica's estimate lies within this study's 95 % interval in {inside[given].sum()} of {given.sum()} cases on "
         "the card's own hyperparameters, which no search chose, and in "
-        f"{100 * inside[~given].mean():.0f} % of the others; of two estimates from seeds drawn independently and no "
-        f"search between, {100 * expected:.0f} % would. So an interval speaks of the seeds on which a winner was "
+        f"{100 * inside[~given].mean():.0f} % of the others; were seeds alone to make the difference, "
+        f"{100 * expected:.0f} % would. So an interval speaks of the seeds on which a winner was "
         "evaluated, not of the search that found it; for that, count every search once. "
         "The tables give the replica's verdict where it differs."
     )
@@ -470,8 +471,8 @@ def findings(claims_csv: Path, replica: pd.DataFrame | None = None) -> str:
     beyond_header = "| Beyond the card, all tuned anew (notebook 05) | on the test set | on a fresh draw | n |"
     parts = [
         in_short(row, there),
-        folded("The words used here", WORDS),
-        bullets(abstract(row, there)),
+        folded("The words used here", WORDS + (REPLICA if there else "")),
+        bullets(abstract(row, there)) or "The sentences on the card's claims need the notebooks 02 to 05, of two searches or more.",
         markdown_table(short_header, short),
         alone(claims),
         "" if replica is None else firmness(claims, replica),

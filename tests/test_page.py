@@ -347,7 +347,7 @@ def test_the_short_answer_says_what_the_verdicts_say_and_names_a_cause_only_wher
     path = claims_with(tmp_path, claim_1_card_values="confirmed", **dict.fromkeys(either, verdict))
     short = summary.findings(path).split("\n\n")[0]
     assert (
-        f"with either of its learning rates for both, the loss is **{summary.SMOOTH[verdict]}** and its test accuracy "
+        f"with either of the two learning rates for both, the loss is **{summary.SMOOTH[verdict]}** and its test accuracy "
         f"**{summary.ACCURATE[verdict]}**" in short
     )
     assert ("It is the lower learning rate that smooths, not γ." in short) == (verdict != "confirmed")
@@ -444,7 +444,7 @@ def test_a_replicas_other_verdicts_stand_beside_the_studys(tmp_path):
     assert f"Of {len(own)} verdicts {len(own) - 2} are the same, 0 are definite in one of the two alone" in text
     assert "1 change between equivalent and inconclusive, and 1 is the opposite (SGSC's training loss" in text
     given = own["setting"].str.startswith("card's values").sum()
-    assert f"in {given} of {given} cases on" in text and "no search between, 83 % would." in text
+    assert f"in {given} of {given} cases on" in text and "were seeds alone to make the difference, 83 % would." in text
     _, short, _, whole = text.split("<details>")
     assert short.count("<br>replica: **") == 2 and "<br>replica: **confirmed**" in short
     assert whole.count("| verdict | replica |") == 1 and whole.count("**confirmed**") >= 1
