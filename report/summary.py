@@ -120,11 +120,12 @@ twice Adam's; a loss *rises* by so many nats in all. Brackets are 95 % intervals
 the margin: the 90 % interval lies within a margin fixed beforehand (1 point of accuracy, 10 % of roughness, 0.05
 nats of rise), even where the 95 % interval leaves out 0. *Better*, *worse*, *confirmed*, *contradicted*: the 95 %
 interval leaves out what no difference would be, 0 or × 1 (for the best γ: the 0.1 of the claim). *Inconclusive*, or
-not clearly: neither. A *fresh draw* is a new, larger sample to test on. *Both tuned* compares the best winners of several
-searches for the hyperparameters, on the seeds of the evaluation; *every search* counts each search once, by its
-winner's mean over those seeds, so that it speaks of tuning and not of one winner. Gates *shuffled over parameters*,
-*averaged in each layer* or *frozen at the first step* are look-alikes: where they do as well, it is not the
-agreement of the signs that helps."""
+not clearly: neither. A *fresh draw* is a new, larger sample to test on. *Both tuned* compares the best winners of
+several searches for the hyperparameters, on the seeds of the evaluation; *every search* counts each search once, by
+its winner's mean over those seeds, so that it speaks of tuning and not of one winner. Gates *shuffled over
+parameters*, *averaged in each layer* or *frozen at the first step* are look-alikes: where they do as well, it is
+not the agreement of the signs that helps."""
+NO_SENTENCES = "Sentences on the card's claims need the notebooks 02 to 05, with two searches or more."
 REPLICA = " A *replica* is the whole study run once more with its sums rounded otherwise."
 
 OPPOSITE = {"better": "worse", "worse": "better", "confirmed": "contradicted", "contradicted": "confirmed"}
@@ -190,12 +191,12 @@ def in_short(row: dict[str, dict], there: dict[str, dict]) -> str:
         return ""
     said = said_of(row, there, numbers=False)
     given, at_adams, at_sgscs = (
-        f"{said(f'1-card-{setting}', SMOOTH)} and its test accuracy {said(f'2-card-{setting}', ACCURATE)}"
+        f"{said(f'1-card-{setting}', SMOOTH)} and its accuracy {said(f'2-card-{setting}', ACCURATE)}"
         for setting in ("values", *rates)
     )
-    one_rate = f"with its Adam rate for both the loss is {at_adams}; with its SGSC rate for both it is {at_sgscs}"
+    one_rate = f"with its Adam rate for both, the loss is {at_adams}; with its SGSC rate for both, {at_sgscs}"
     if at_adams == at_sgscs:
-        one_rate = f"with either of the two learning rates for both, the loss is {at_adams}"
+        one_rate = f"with either of the two learning rates for both, {at_adams}"
     given_smooths, *gamma_smooths = (
         row[f"1-card-{setting}"]["verdict"] == "confirmed" for setting in ("values", *rates)
     )
@@ -205,10 +206,10 @@ def in_short(row: dict[str, dict], there: dict[str, dict]) -> str:
     against = {verdict: f"{words} AdamW" for verdict, words in AGAINST.items()}
     return (
         f"In short: with the card's settings SGSC's training loss is {given}; {one_rate}.{cause} Tuned anew and with "
-        f"every search counted, its loss is {said('1-before-searches', SMOOTH)} and its test accuracy "
+        f"every search counted, its loss is {said('1-before-searches', SMOOTH)} and its accuracy "
         f"{said('2f-before-searches', ACCURATE)}; its best γ is {said('3-before-tuned', NEAR_ZERO)}. With the gate "
-        f"after Adam and so tuned, the accuracy is {said('2f-after-searches', ACCURATE)}; with one search for each it is "
-        f"{said('8f-sgsc-after-vs-adamw', against)} and, where both have cosine decay, "
+        f"after Adam and so tuned, the accuracy is {said('2f-after-searches', ACCURATE)}; with one search for each it "
+        f"is {said('8f-sgsc-after-vs-adamw', against)} and, where both have cosine decay, "
         f"{said('11f-sgsc-after-vs-adamw', against)}."
     )
 
@@ -387,7 +388,8 @@ def firmness(claims: pd.DataFrame, replica: pd.DataFrame) -> str:
     opposite = both["verdict_there"] == both["verdict"].map(OPPOSITE)
     once = ~opposite & (both["verdict"].isin(OPPOSITE) ^ both["verdict_there"].isin(OPPOSITE))
     named = "; ".join(
-        f"{c['claim']}, {CONDITIONS.get(c['setting'], c['setting'])}: {shown(c)}, there {shown({k: c.get(f'{k}_there', c[k]) for k in claims})}"
+        f"{c['claim']}, {CONDITIONS.get(c['setting'], c['setting'])}: {shown(c)}, "
+        f"there {shown({k: c.get(f'{k}_there', c[k]) for k in claims})}"
         for c in both[opposite].to_dict("records")
     )
     given = both["setting"].str.startswith("card's values")
@@ -472,7 +474,7 @@ def findings(claims_csv: Path, replica: pd.DataFrame | None = None) -> str:
     parts = [
         in_short(row, there),
         folded("The words used here", WORDS + (REPLICA if there else "")),
-        bullets(abstract(row, there)) or "The sentences on the card's claims need the notebooks 02 to 05, of two searches or more.",
+        bullets(abstract(row, there)) or NO_SENTENCES,
         markdown_table(short_header, short),
         alone(claims),
         "" if replica is None else firmness(claims, replica),

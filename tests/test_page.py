@@ -346,10 +346,8 @@ def test_the_short_answer_says_what_the_verdicts_say_and_names_a_cause_only_wher
     either = [f"claim_{claim}_card_common_lr_{arm}" for claim in (1, 2) for arm in ("adam", "sgsc")]
     path = claims_with(tmp_path, claim_1_card_values="confirmed", **dict.fromkeys(either, verdict))
     short = summary.findings(path).split("\n\n")[0]
-    assert (
-        f"with either of the two learning rates for both, the loss is **{summary.SMOOTH[verdict]}** and its test accuracy "
-        f"**{summary.ACCURATE[verdict]}**" in short
-    )
+    loss, accuracy = f"**{summary.SMOOTH[verdict]}**", f"**{summary.ACCURATE[verdict]}**"
+    assert f"with either of the two learning rates for both, {loss} and its accuracy {accuracy}." in short
     assert ("It is the lower learning rate that smooths, not γ." in short) == (verdict != "confirmed")
     path = claims_with(tmp_path, claim_1_card_common_lr_adam=verdict, claim_1_card_values="contradicted")
     claims = pd.read_csv(path).set_index("id")
@@ -473,6 +471,14 @@ def test_a_replica_is_of_the_same_study_with_another_arithmetic_or_left_out(tmp_
     (folder / "claims.csv").write_text("id\n")
     assert summary.replica_of(own) is None
     assert "claims.csv is not what manifest.json says" in capsys.readouterr().err
+
+
+def test_where_the_sentences_lack_a_claim_the_page_says_so(tmp_path):
+    claims = pd.read_csv(RESULTS / "claims.csv")
+    claims[claims["notebook"] != "04_gamma_and_smoothness"].to_csv(tmp_path / "claims.csv", index=False)
+    text = summary.findings(tmp_path / "claims.csv")
+    assert "In short" not in text and summary.NO_SENTENCES in text and "| The card's claim |" in text
+    assert "replica" not in text
 
 
 def test_without_claims_there_are_no_findings(tmp_path):
