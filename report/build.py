@@ -110,10 +110,13 @@ class OneOfEachKey(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def code_cells(notebook: Path) -> list[str]:
+    return [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+
+
 def lower_bounds(notebook: Path) -> dict[str, float]:
     """Return what the notebook gives `check_parameters` as the least value of a parameter, {name: number}."""
-    code = (cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code")
-    source = next((text for text in code if "check_parameters(globals()" in text), "")
+    source = next((text for text in code_cells(notebook) if "check_parameters(globals()" in text), "")
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     mine = [call for call in calls if getattr(call.func, "id", "") == "check_parameters"]
     return {word.arg: ast.literal_eval(word.value) for call in mine for word in call.keywords if word.arg}
@@ -122,11 +125,9 @@ def lower_bounds(notebook: Path) -> dict[str, float]:
 def names_given(notebook: Path) -> set[str]:
     """Return what the notebook's source calls its tables' files and the labels of its figures and tables."""
     names = set()
-    for cell in nbformat.read(notebook, as_version=4).cells:
-        if cell.cell_type != "code":
-            continue
+    for source in code_cells(notebook):
         with suppress(SyntaxError):  # IPython's own commands, which name nothing
-            for node in ast.walk(ast.parse(cell.source)):
+            for node in ast.walk(ast.parse(source)):
                 if not isinstance(node, ast.Call) or len(node.args) < 2:
                     continue
                 kind = getattr(node.func, "id", "").replace("write_table", "file")

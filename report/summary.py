@@ -205,11 +205,11 @@ def in_short(row: dict[str, dict], there: dict[str, dict]) -> str:
         cause = " It is the lower learning rate that smooths, not γ."
     against = {verdict: f"{words} AdamW" for verdict, words in AGAINST.items()}
     return (
-        f"In short: with the card's settings SGSC's training loss is {given}; {one_rate}.{cause} Tuned anew and with "
+        f"In short: with the card's settings SGSC's training loss is {given}; {one_rate}.{cause} Tuned anew, with "
         f"every search counted, its loss is {said('1-before-searches', SMOOTH)} and its accuracy "
         f"{said('2f-before-searches', ACCURATE)}; its best γ is {said('3-before-tuned', NEAR_ZERO)}. With the gate "
         f"after Adam and so tuned, the accuracy is {said('2f-after-searches', ACCURATE)}; with one search for each it "
-        f"is {said('8f-sgsc-after-vs-adamw', against)} and, where both have cosine decay, "
+        f"is {said('8f-sgsc-after-vs-adamw', against)} and, both with cosine decay, "
         f"{said('11f-sgsc-after-vs-adamw', against)}."
     )
 
