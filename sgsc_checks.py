@@ -1,0 +1,282 @@
+"""What SGSC can't compute exactly is refused here, by name and with the way out, apart from what computes.
+
+`explain_model` looks at a model before any training and finds every problem at once; the hooks and the rest look at a
+call, a rule's answer or a statistic while it is used. `check` does so for a number.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+def check(name: str, value: Any, kind: type, low: float | None = None, high: float | None = None) -> Any:
+    """Return `value`, or raise an error that names the parameter, what it should be and what was found.
+
+    `kind` is int, float, bool or str. A bool is not an int, an int is a float, NaN and infinity are never accepted.
+    The bounds are inclusive. Raises TypeError for a wrong type and ValueError for a wrong value.
+
+    >>> check("gamma", 0.25, float, low=0.0)
+    0.25
+    >>> check("gamma", -0.1, float, low=0.0)
+    Traceback (most recent call last):
+    ValueError: `gamma` should be ≥ 0.0. Found -0.1.
+    """
+    accepted: Any = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"`{name}` should be {'an' if kind is int else 'a'} {kind.__name__}. Found {value!r}.")
+    if kind in (int, float):
+        if not math.isfinite(value):
+            raise ValueError(f"`{name}` should be finite. Found {value!r}.")
+        if low is not None and value < low:
+            raise ValueError(f"`{name}` should be ≥ {low}. Found {value!r}.")
+        if high is not None and value > high:
+            raise ValueError(f"`{name}` should be ≤ {high}. Found {value!r}.")
+    return value
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that the module itself owns, by key.
+
+    >>> list(own_parameters(nn.Linear(2, 1)))
+    ['weight', 'bias']
+    """
+    return {key: p for key, p in module._parameters.items() if p is not None}
+
+
+def trainable(module: nn.Module) -> list[str]:
+    return [key for key, p in own_parameters(module).items() if p.requires_grad]
+
+
+def is_torchs_own(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")
+
+
+def is_training_pass() -> bool:
+    # vmap and grad of torch.func call the hooked modules too: those calls are not training passes, nor is evaluation.
+    return torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None
+
+
+# -- a model, before any training --------------------------------------------------------------------------------------
+
+_REFERENCE = "For a reference on any model without coupling, use per_sample_gradients"
+
+
+class Served(NamedTuple):
+    """How a parameter's c is computed: the module that owns it, the rule, or the problem (empty where there is none).
+
+    >>> Served("0.bias", "0 (Linear)", "linear_rule", "").parameter
+    '0.bias'
+    """
+
+    parameter: str
+    module: str
+    rule: str
+    problem: str
+
+
+class Explanation(list[Served]):
+    """The rows of `SGSC.explain`; printed, a table.
+
+    >>> print(Explanation([Served("bias", "0 (Linear)", "linear_rule", "")]))
+    parameter  module      rule         problem
+    bias       0 (Linear)  linear_rule
+    """
+
+    def __str__(self) -> str:
+        rows = [Served._fields, *self]
+        widths = [max(len(row[k]) for row in rows) for k in range(3)]
+        lines = ("  ".join([*(f"{row[k]:{w}}" for k, w in enumerate(widths)), row[3]]) for row in rows)
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def explain_model(model: nn.Module, rules: Mapping[type, Callable]) -> Iterator[Served]:
+    owners: dict[nn.Parameter, str] = {}  # who was first to own a trainable parameter
+    whole: dict[str, str] = {}  # problems that a module's own modules share
+    for path, module in model.named_modules():
+        name, own = path or "model", own_parameters(module)
+        problem = next((text for above, text in whole.items() if path.startswith(f"{above}.")), "")
+        problem = problem or _problem(name, module, rules, owners)
+        if problem and (isinstance(module, nn.MultiheadAttention) or nn.utils.parametrize.is_parametrized(module)):
+            whole[path] = problem
+        rule = getattr(rules.get(type(module)), "__name__", "")
+        for key, p in own.items():
+            owners.setdefault(p, name)
+            frozen = not (p.requires_grad or problem)
+            served_by = "frozen" if frozen else "" if problem else rule
+            yield Served(f"{path}.{key}" if path else key, f"{name} ({type(module).__name__})", served_by, problem)
+        if problem and not own:
+            yield Served("", f"{name} ({type(module).__name__})", "", problem)
+
+
+def _problem(name: str, module: nn.Module, rules: Mapping[type, Callable], owners: Mapping[nn.Parameter, str]) -> str:
+    """Why this module cannot be served, the first reason of a table, and the way out; empty where it can be."""
+    kind, own, mine = type(module), own_parameters(module), trainable(module)
+    shared = next((owners[own[key]] for key in mine if own[key] in owners), None)
+    computed = nn.utils.parametrize.is_parametrized(module) and any(p.requires_grad for p in module.parameters())
+    computed |= is_torchs_own(module) and kind in rules and not own.keys() <= {"weight", "bias"}  # older weight norm
+    no_rule = f"no rule for it, and it owns {sorted(mine)}"
+    inside = ", or move them into a layer of their own" * any(True for _ in module.children())
+    add_rule = (
+        "Freeze its parameters, or, if it maps one tensor to one tensor, sample by sample, add a rule: "
+        f"SGSC.rules[{kind.__name__}] = per_sample_rule{inside}. {_REFERENCE}"
+    )
+    one_to_one = isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention)
+    sparse = isinstance(module, nn.Embedding) and (module.sparse or module.max_norm is not None)
+    reasons = [
+        (hasattr(module, "_orig_mod"), "hooks set after torch.compile are not run", "Build SGSC first, then compile"),
+        (isinstance(module, nn.DataParallel), "it runs on copies of the model", "Use DistributedDataParallel"),
+        (couples_samples(module), "in training mode it couples the samples", "Call its eval(), or use GroupNorm"),
+        (
+            any(map(nn.parameter.is_lazy, own.values())),
+            "its parameters are not initialised",
+            "Run the model once first",
+        ),
+        (computed, "its weight is computed from other parameters", "Remove the parametrisation"),
+    ]
+    reasons += bool(mine) * [
+        (shared is not None, f"it shares a parameter with '{shared}'", _REFERENCE),
+        (one_to_one, "it does not map one tensor to one tensor", f"Freeze its parameters. {_REFERENCE}"),
+        (kind not in rules, no_rule, add_rule),
+        (kind in rules and not _is_rule(rules[kind]), "its rule takes no (module, input, error)", "Correct the rule"),
+        (any(not p.is_floating_point() for p in own.values()), "its parameters are not real numbers", _REFERENCE),
+        (sparse, "sparse gradients and max_norm are not covered", "Use sparse=False, max_norm=None"),
+    ]
+    return next(
+        (f"SGSC does not serve '{name}' ({kind.__name__}): {r}. {w}." for applies, r, w in reasons if applies), ""
+    )
+
+
+def _is_rule(rule: Any) -> bool:
+    try:
+        inspect.signature(rule).bind(None, None, None)
+    except TypeError:
+        return False
+    return True
+
+
+def couples_samples(module: nn.Module) -> bool:
+    """Whether it makes one sample's output depend on another's: batch normalisation by the batch's own statistics."""
+    batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    return batch_norm and (module.training or not module.track_running_stats)
+
+
+# -- a call, a rule's answer, a statistic ------------------------------------------------------------------------------
+
+
+def coupling_hook(name: str) -> Callable:
+    def on_batch_norm(called: nn.Module, _: tuple) -> None:  # train() may have been called since construction
+        if is_training_pass() and couples_samples(called):
+            raise ValueError(
+                f"SGSC does not serve '{name}' ({type(called).__name__}) in training mode: it couples the samples. "
+                "Call its eval(), or use GroupNorm."
+            )
+
+    return on_batch_norm
+
+
+def refuse_call(name: str, module: nn.Module, tensors: list[Tensor], output: Any) -> None:
+    """Refuse a call of a layer in which its rule could not see what it needs."""
+    where = f"'{name}' ({type(module).__name__})"
+    if torch._C._current_graph_task_id() != -1:  # a backward pass is under way
+        raise ValueError(
+            f"{where} should run in the forward pass only. Found it run again in the backward pass, by activation "
+            "checkpointing: take that off, or use per_sample_gradients."
+        )
+    if len(tensors) != 1 or not isinstance(output, Tensor):
+        raise ValueError(f"{where} should map one tensor to one tensor. Found {len(tensors)} tensor inputs.")
+
+
+def refuse_place(name: str, module: nn.Module, inputs: Tensor, rows: int, used: Collection[str]) -> None:
+    """Refuse a layer's second use in a pass, and an input without the batch's samples along its first axis."""
+    where = f"'{name}' ({type(module).__name__})"
+    if name in used:
+        raise ValueError(
+            f"{where} should be used once in a forward pass. Found a second use: a sample's gradient would be a sum "
+            "over the uses. Give each use a layer of its own, or use per_sample_gradients."
+        )
+    least = {nn.Embedding: 1, nn.Conv1d: 3, nn.Conv2d: 4}.get(type(module), 2)
+    if inputs.ndim < least or len(inputs) != rows:
+        raise ValueError(
+            f"{where} should see the batch's {rows} samples along its first axis. Found an input of shape "
+            f"{tuple(inputs.shape)}. Keep the batch in front, [{rows}, ...], in every layer, and expand what all "
+            "samples share."
+        )
+
+
+def second_use_hook(model: nn.Module) -> Callable:
+    """A hook that looks at the first training pass's graph for a weight that enters it twice, as with
+    F.linear(h, embedding.weight): no layer's hook sees that use."""
+    checked = False
+
+    @torch.compiler.disable
+    def on_output(called: nn.Module, _: tuple, output: Any) -> None:
+        nonlocal checked
+        if checked or called is not model or not is_training_pass():
+            return
+        tensors = [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, Tensor)]
+        pending: set[Any] = {t.grad_fn for t in tensors if t.grad_fn is not None}
+        seen, uses = set(pending), Counter[nn.Parameter]()
+        while pending:
+            for following, _ in pending.pop().next_functions:
+                if hasattr(following, "variable"):  # the graph's end at a parameter
+                    uses[following.variable] += 1
+                elif following is not None and following not in seen:
+                    seen.add(following)
+                    pending.add(following)
+        for name, module in model.named_modules():
+            if is_torchs_own(module) and any(uses[p] > 1 for p in own_parameters(module).values()):
+                raise ValueError(
+                    f"SGSC does not serve '{name}' ({type(module).__name__}): its parameters are used a second time "
+                    "outside it. Give each use a layer of its own, or use per_sample_gradients."
+                )
+        checked = True
+
+    return on_output
+
+
+def refuse_sums(name: str, module: nn.Module, found: Any) -> None:
+    """Refuse what a rule should not return, by the module's and the parameter's name."""
+    who = f"The rule for '{name}' ({type(module).__name__})"
+    if not isinstance(found, dict):
+        raise TypeError(f"{who} should return {{name: (Σ sign g, count)}}. Found {type(found).__name__}.")
+    if unknown := found.keys() - module._parameters.keys():
+        raise ValueError(f"{who} should cover {sorted(module._parameters)} and no more. Found {sorted(unknown)}.")
+    for key in trainable(module):
+        if key not in found:
+            raise KeyError(f"{who} should cover {key!r}. Found {sorted(found)}.")
+        parts: Sequence[Any] = found[key] if isinstance(found[key], tuple | list) else (found[key],)
+        shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+        expected = tuple(module._parameters[key].shape)
+        if shapes != [expected, ()]:
+            raise ValueError(
+                f"{who} should give for {key!r} two tensors: Σ sign g over the batch, {expected}, and the number of "
+                f"all g ≠ 0, (). Found {type(found[key]).__name__} of {', '.join(map(str, shapes))}."
+            )
+
+
+def refuse_unseen(
+    parameters: dict[str, nn.Parameter], seen: Mapping, active: Mapping[str, Tensor], samples: int, *, hooked: bool
+) -> None:
+    """Refuse a statistic without samples, and a gradient whose layer's forward pass was not seen."""
+    if not samples and not hooked:
+        raise RuntimeError("No statistic: remove() took the hooks off the model. Build SGSC anew.")
+    if not samples:
+        raise RuntimeError(
+            "No statistic yet: call loss.backward() first, on a forward pass made after SGSC was built, and before the "
+            "block of scaled_update(), so that an optimizer that calls backward itself, such as LBFGS, is not served. "
+            "A model compiled and run before SGSC was built runs without its hooks: build SGSC first, then compile."
+        )
+    for name, p in parameters.items():
+        if name not in seen and p.grad is not None and not active[name] and p.grad.any():
+            raise RuntimeError(
+                f"'{name}' has a gradient, but its module's forward was not seen: it is used outside that module, or "
+                "was frozen when SGSC was built. Build SGSC anew, or use per_sample_gradients."
+            )

@@ -1,0 +1,100 @@
+"""A notebook's parameters: what a value should be, by the type and the help that its parameters cell declares.
+
+A declaration is one line, `name: type = default  # help`. The help says the bounds in words, which papermill shows and
+this module reads: "at least 4", "a multiple of 10", "may be empty". Without a word an int is at least 1, a float at
+least 0, and text is not empty.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+KINDS = {"int": int, "float": float, "str": str, "bool": bool}
+WORDS = {"int": "an int", "float": "a finite float", "str": "a str", "bool": "a bool"}
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> Any:
+    """Return `value` if it is one of `choices`; raise a ValueError that lists them otherwise.
+
+    >>> check_choice("placement", "after", ("before", "after"))
+    'after'
+    """
+    if value not in choices:
+        raise ValueError(f"`{name}` should be one of {', '.join(map(repr, choices))}. Found {value!r}.")
+    return value
+
+
+def coerce(value: Any, kind: str) -> Any:
+    """Return a parameter's `value` as the declared type `kind`: int, float, str, bool or list[…] of one, not empty.
+
+    Raises ValueError that says what it should be and what was found. Text that reads as a float becomes one where a
+    float is declared, because YAML 1.1 takes 1e-3 for text.
+
+    >>> coerce("1e-3", "float"), coerce([1, 2], "list[int]")
+    (0.001, [1, 2])
+    """
+    if kind.startswith("list[") and kind[5:-1] in KINDS:
+        if not isinstance(value, list) or not value:
+            raise ValueError(f"should be a non-empty {kind}. Found {value!r}.")
+        return [coerce(item, kind[5:-1]) for item in value]
+    if kind not in KINDS:
+        raise ValueError(f"should be declared as {', '.join(KINDS)} or a list[...] of one. Found {kind}.")
+    found = value
+    if kind == "float" and type(value) in (int, str):
+        with suppress(ValueError):
+            value = float(value)
+    if type(value) is not KINDS[kind] or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"should be {WORDS[kind]}. Found {found!r}.")
+    return value
+
+
+def check_bounds(value: Any, kind: str, said: str) -> None:
+    """Raise ValueError where `value`, of the declared `kind`, is out of the bounds that its help text `said` sets.
+
+    >>> check_bounds(3, "int", "epochs of every run, at least 4")
+    Traceback (most recent call last):
+    ValueError: should be ≥ 4. Found 3.
+    """
+    least, multiple = re.search(r"at least (\d+)", said), re.search(r"a multiple of (\d+)", said)
+    low = float(least[1]) if least else 1 if "int" in kind and "at least" not in said else 0
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, str) and not item and "empty" not in said:
+            raise ValueError("should not be empty. Found ''.")
+        if isinstance(item, int | float) and not isinstance(item, bool) and item < low:
+            raise ValueError(f"should be ≥ {low:g}. Found {item!r}.")
+        if multiple and item % int(multiple[1]):
+            raise ValueError(f"should be a multiple of {multiple[1]}. Found {item!r}.")
+
+
+def parameter_problems(declared: Mapping[str, tuple[str, str]], values: dict[str, Any]) -> list[str]:
+    """What is wrong with `values` (coerced in place) of the `declared` parameters, {name: (type, help)}; a text each.
+
+    >>> parameter_problems({"n_seeds": ("int", "")}, {"n_seeds": 0})
+    ['`n_seeds` should be ≥ 1. Found 0.']
+    """
+    problems = []
+    for name, value in values.items():
+        if name not in declared:
+            problems.append(f"`{name}` is not a parameter of this notebook. It has: {', '.join(declared)}.")
+            continue
+        kind, said = declared[name]
+        try:
+            values[name] = coerce(value, kind)
+            check_bounds(values[name], kind, said)
+        except ValueError as error:
+            problems.append(f"`{name}` {error}")
+    return problems
+
+
+def declarations(source: str) -> dict[str, tuple[str, str]]:
+    """{name: (type, help)} of the parameters that a parameters cell declares, one a line.
+
+    >>> declarations("seed: int = 0  # of the weights, at least 0")
+    {'seed': ('int', 'of the weights, at least 0')}
+    """
+    lines = re.findall(r"^(\w+): ([\w\[\]]+) = .*?(?:  # (.*))?$", source, re.MULTILINE)
+    return {name: (kind, said) for name, kind, said in lines}

@@ -1,0 +1,172 @@
+"""Result files: written whole or not at all, read against the manifest beside them; the table of claims."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sgsc_lib import check
+from sgsc_study.cache import ROOT
+
+
+def results_folder(results: str) -> Path:
+    """The folder for a notebook's results, made if need be; a relative path counts from the project's root.
+
+    >>> results_folder("report/results/full").relative_to(ROOT).as_posix()
+    'report/results/full'
+    """
+    folder = ROOT / check("results", results, str)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a file whole or not at all: beside its place, then moved into it.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_text("whole", Path(folder) / "note.txt")
+    ...     sorted(path.name for path in Path(folder).iterdir())
+    ['note.txt']
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_table(frame: pd.DataFrame, path: Path) -> None:
+    """Write a CSV whole or not at all. Floats keep every digit.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_table(pd.DataFrame({"loss": [0.1 + 0.2]}), Path(folder) / "loss.csv")
+    ...     (Path(folder) / "loss.csv").read_text()
+    'loss\\n0.30000000000000004\\n'
+    """
+    write_text(frame.to_csv(index=False), path)
+
+
+# fmt: off
+CLAIM_COLUMNS = (
+    "id", "claim", "source", "setting", "measure", "n", "estimate", "ci_low", "ci_high", "p", "verdict", "notebook",
+    "figure",
+)
+# fmt: on
+
+
+def claim(
+    identity: str, text: str, found: Any, *, source: str, setting: str, measure: str, figure: str, agrees: str = ""
+) -> dict[str, Any]:
+    """A row of claims.csv from what a comparison `found`: its n, mean difference, interval, p and verdict.
+
+    Of a claim of the card, `agrees` is the verdict, "better" or "worse", that confirms it; the other contradicts it.
+
+    >>> from sgsc_study.measures import compare_paired
+    >>> found = compare_paired([3.0, 4.0, 5.0], [1.0, 2.0, 3.5], margin=0.1)
+    >>> about = {"source": "card", "setting": "tuned", "measure": "difference", "figure": "arms"}
+    >>> claim("1", "SGSC is lower", found, agrees="worse", **about)["verdict"]
+    'contradicted'
+    """
+    row = found._asdict() if hasattr(found, "_asdict") else found
+    card = {"better": "contradicted", "worse": "contradicted", agrees: "confirmed"} if agrees else {}
+    verdict = card.get(row["verdict"], row["verdict"])
+    shown = {"n": row["n"], "estimate": row["mean_difference"], "ci_low": row["ci_low"], "ci_high": row["ci_high"]}
+    about = {"id": identity, "claim": text, "source": source, "setting": setting, "measure": measure, "figure": figure}
+    return about | shown | {"p": row["p"], "verdict": verdict}
+
+
+def write_claims(rows: Sequence[Mapping[str, Any]], folder: Path, *, notebook: str) -> pd.DataFrame:
+    """Put a notebook's rows into the folder's `claims.csv`, in place of the rows it put there before, and return them.
+
+    Each row gives all `CLAIM_COLUMNS` but `notebook`. Raises ValueError for another set of columns.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_claims([{"id": "C1", "claim": "no other columns"}], Path(folder), notebook="03")
+    Traceback (most recent call last):
+    ValueError: claims should have the columns ('id', 'claim', 'source', 'setting', 'measure', 'n', 'estimate', \
+'ci_low', 'ci_high', 'p', 'verdict', 'notebook', 'figure'). Found ('id', 'claim', 'notebook').
+    """
+    own = pd.DataFrame([{**row, "notebook": notebook} for row in rows])
+    if set(own.columns) != set(CLAIM_COLUMNS):
+        raise ValueError(f"claims should have the columns {CLAIM_COLUMNS}. Found {tuple(own.columns)}.")
+    path, own = folder / "claims.csv", own[list(CLAIM_COLUMNS)]
+    if path.exists():
+        others = _read_csv(path, dtype={"id": str, "notebook": str})
+        if tuple(others.columns) != CLAIM_COLUMNS:
+            raise ValueError(
+                f"{path} should have the columns {CLAIM_COLUMNS}. Found {tuple(others.columns)}: delete it."
+            )
+        own = pd.concat([others[others["notebook"] != notebook], own])
+    write_table(own.sort_values("id", kind="stable"), path)
+    return own[own["notebook"] == notebook]
+
+
+def build_command(profile: str) -> str:
+    """The command that builds a profile, by the Python that runs this, if it is the project's own.
+
+    >>> build_command("smoke").endswith("python report/build.py --profile smoke")
+    True
+    """
+    interpreter = Path(sys.executable)
+    own = interpreter.is_relative_to(ROOT)
+    return f"{interpreter.relative_to(ROOT) if own else 'python'} report/build.py --profile {profile}"
+
+
+def read_table(path: str | os.PathLike, *, made_by: str) -> pd.DataFrame:
+    """Read a CSV that another notebook made; errors name the command that makes it.
+
+    Raises FileNotFoundError where it is missing, and ValueError where it is no table, or where a `manifest.json` beside
+    it says otherwise or does not list it.
+
+    >>> read_table("report/results/full/claims.csv", made_by="03_evaluation").columns[:2].tolist()
+    ['id', 'claim']
+    """
+    path = ROOT / path
+    manifest, command = path.with_name("manifest.json"), build_command(path.parent.name)
+    if manifest.exists():
+        try:
+            listed = json.loads(manifest.read_text(encoding="utf-8"))
+            made, digest = made_by in listed["notebooks"], listed["results"].get(path.name)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{manifest} is not a manifest ({error!r}). Rebuild it: {command}") from error
+        command += f" --only {made_by}" * made
+        if digest is None and path.exists():
+            raise ValueError(f"{path} is of an earlier build: manifest.json does not list it. Rebuild it: {command}")
+        if digest and (problem := result_problem(path, digest)):
+            raise ValueError(f"{problem} Rebuild it: {command}")
+    if not path.exists():
+        profile = ROOT / "report" / "profiles" / f"{path.parent.name}.yaml"
+        how = f"Run {command} with {made_by} in {profile}." if profile.exists() else f"Paths start at {ROOT}."
+        raise FileNotFoundError(f"{path} is not there yet: notebook {made_by} makes it. {how}")
+    return _read_csv(path)
+
+
+def result_problem(path: Path, sha256: str) -> str:
+    """What is wrong with a result file of which manifest.json gives this SHA-256; empty where nothing is.
+
+    >>> result_problem(ROOT / "none.csv", "0" * 64).removeprefix(str(ROOT))
+    '/none.csv is missing.'
+    """
+    if not path.exists():
+        return f"{path} is missing."
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        return f"{path} is not what manifest.json says: truncated, edited or damaged."
+    return ""
+
+
+def _read_csv(path: Path, **options: Any) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path, **options)
+    except (ValueError, pd.errors.EmptyDataError) as error:  # ParserError and UnicodeDecodeError are ValueErrors
+        raise ValueError(f"{path} is not a table ({error}). Delete it and rebuild it.") from error

@@ -1,0 +1,48 @@
+"""For the tests of a gate or a rule of one's own: what `train` and `SGSC` do not try at every start."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sgsc_lib import Rule, per_sample_rule
+from sgsc_study.gates import Gate, check_gate, example_sums
+
+
+def assert_gate(gate: Gate) -> None:
+    """AssertionError where a gate mixes runs, is random, changes its sums, or makes a factor below 0.
+
+    >>> assert_gate(lambda sign, *, batch_size, gamma: sign / batch_size)
+    Traceback (most recent call last):
+    AssertionError: The gate should make factors of 0 or more: a negative one turns the step round. sum.abs()?
+    """
+    check_gate("mine", gate)
+    gamma = torch.tensor([0.5, 0.25], dtype=torch.float64)
+    for shape in ((2, 3, 4), (2, 5)):
+        sums, kept = example_sums(gate, shape), example_sums(gate, shape)
+        made, again = (gate(*sums, batch_size=8, gamma=gamma) for _ in range(2))
+        alone = [gate(*(s[r : r + 1] for s in sums), batch_size=8, gamma=gamma[r : r + 1]) for r in range(2)]
+        assert all(map(torch.equal, sums, kept)), "The gate should leave its sums as they are."
+        assert torch.equal(made, again), "The gate should make the same of the same sums. Is it random?"
+        assert torch.allclose(made, torch.cat(alone)), (
+            "The gate should not mix runs: reduce over the axes after the first only, with align_runs(gamma, sum)."
+        )
+        assert (made >= 0).all(), (
+            "The gate should make factors of 0 or more: a negative one turns the step round. sum.abs()?"
+        )
+
+
+def assert_rule(rule: Rule, module: nn.Module, inputs: Tensor) -> None:
+    """AssertionError where a rule's sums and counts are not those of the module's own per-sample gradients.
+
+    `inputs` is [B, ...]; use float64, where only exact zeros have no sign.
+
+    >>> from sgsc_lib import linear_rule
+    >>> assert_rule(linear_rule, nn.Linear(3, 2).double(), torch.randn(5, 3).double())
+    """
+    output = module(inputs).detach()
+    errors = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(output)
+    found = rule(module, inputs, errors)
+    for name, (signs, count) in per_sample_rule(module, inputs, errors).items():
+        assert torch.equal(found[name][0].double(), signs.double()), f"Σ sign g of {name!r} is another."
+        assert int(found[name][1]) == int(count), f"The number of all g ≠ 0 of {name!r} should be {int(count)}."

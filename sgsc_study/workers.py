@@ -1,0 +1,174 @@
+"""Where work is done: processes on this machine or a Dask cluster, and whether they compute the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from sgsc_study.cache import cached, code_version, function_version
+from sgsc_study.data import Dataset
+from sgsc_study.engine import stream, train_stack
+from sgsc_study.gates import sign_gate
+from sgsc_study.runs import Run
+
+
+def engine_version() -> list[str]:
+    """What a trained run's bits depend on, beside its own settings: the code, torch and the `arithmetic`.
+
+    >>> engine_version()[1] == torch.__version__
+    True
+    """
+    return [code_version("sgsc_study.engine"), torch.__version__, arithmetic()]
+
+
+@lru_cache
+def arithmetic() -> str:
+    """Fingerprint of how this process rounds: where two differ, the same runs end in other bits.
+
+    The width of a processor's vectors decides in which order a sum is taken, and PyTorch, MKL, oneDNN and NumPy each
+    choose their instructions by it, or by a variable of the environment. Some steps of training, a convolution and some
+    logarithms show the choice, whatever made it.
+
+    >>> len(arithmetic())
+    12
+    """
+    threads = torch.get_num_threads()
+    x, y = torch.randn(512, 40, dtype=torch.float32, generator=stream(0, 1)), torch.arange(512) % 10
+    runs = [Run(seed, lr=0.01, gamma=0.25) for seed in range(8)]
+    settings: dict[str, Any] = {"epochs": 1, "batch_size": 128, "widths": (40, 128, 128, 10), "probe_size": 0}
+    try:
+        shown = train_stack(runs, Dataset(*(x, y) * 3), None, sign_gate, evaluate_every=1, **settings)
+        kernels = torch.randn(25, 25, 3, dtype=torch.float32, generator=stream(1, 1))
+        shown["convolution"] = F.conv1d(x[:500].view(20, 25, 40), kernels, stride=2, padding=1).numpy()
+    finally:
+        torch.set_num_threads(threads)
+    for kind in (np.float32, np.float64):
+        numbers = np.linspace(0.01, 9, 1000, dtype=kind)
+        shown |= {f"{f.__name__} {numbers.dtype}": f(numbers) for f in (np.log, np.exp)}
+    digest = hashlib.sha256()
+    for name, array in shown.items():
+        digest.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:12]
+
+
+def by_same_engine(version: list[str], function: Callable[..., Any], *given: Any) -> Any:
+    """Return `function(*given)`, or raise RuntimeError where this process has not that `engine_version`.
+
+    A worker on another machine may have other code, another torch, or a processor that rounds otherwise.
+
+    >>> by_same_engine(engine_version(), abs, -1)
+    1
+    """
+    if version != engine_version():
+        raise RuntimeError(
+            "A worker should have the code, the torch and the arithmetic of the process that calls it, "
+            f"{version}. Found {engine_version()}: install the same on the workers, and start them with the same "
+            "ATEN_CPU_CAPABILITY, MKL_CBWR, ONEDNN_MAX_CPU_ISA and NPY_DISABLE_CPU_FEATURES."
+        )
+    return function(*given)
+
+
+def parallel(
+    function: Callable[..., Any],
+    tasks: Sequence[tuple],
+    *,
+    n_jobs: int = -1,
+    scheduler: str = "",
+    cache: str | os.PathLike | None = None,
+    keys: Sequence[Any] = (),
+    progress: str | None = None,
+) -> list[Any]:
+    """`[function(*task) for task in tasks]`, on `n_jobs` processes (-1: one a core) or a Dask cluster's workers.
+
+    With `cache`, a folder, a result is read from it where the same code computed it before from the same of `keys`,
+    one for each task, that json can write (left out: the tasks themselves). `progress` is a label under which tasks
+    done and time left are printed to stderr.
+
+    >>> parallel(divmod, [(7, 2), (9, 4)], n_jobs=1)
+    [(3, 1), (2, 1)]
+    """
+    engine = engine_version()
+    jobs = [partial(by_same_engine, engine, function, *task) for task in tasks]
+    if cache is not None:
+        told = [json.dumps([function_version(function), engine, key]) for key in keys or tasks]
+        jobs = [partial(cached, Path(cache), key, job) for key, job in zip(told, jobs, strict=True)]
+    threads = torch.get_num_threads()
+    try:
+        with on_workers(scheduler, n_jobs, len(tasks)):
+            done = joblib.Parallel(return_as="generator")(map(joblib.delayed(_call), jobs))
+            return list(with_progress(done, len(tasks), progress))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _call(job: Callable[[], Any]) -> Any:
+    return job()
+
+
+@contextmanager
+def on_workers(scheduler: str, n_jobs: int, n_tasks: int) -> Iterator[None]:
+    """Where joblib runs what it is given: processes on this machine, or the workers of a Dask scheduler.
+
+    >>> with on_workers("", n_jobs=1, n_tasks=2):
+    ...     joblib.Parallel()(joblib.delayed(abs)(k) for k in (-1, -2))
+    [1, 2]
+    """
+    if not scheduler:
+        own = {"initializer": end_with, "initargs": (os.getpid(),)}
+        with joblib.parallel_config("loky", n_jobs=min(joblib.effective_n_jobs(n_jobs), n_tasks), **own):
+            yield
+        return
+    from distributed import Client  # only a cluster needs it
+
+    try:
+        client = Client(scheduler, timeout="10s")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`scheduler` should be the address of a running Dask scheduler, like 'tcp://127.0.0.1:8786'. "
+            f"Found {scheduler!r}: {error}"
+        ) from None
+    with client, joblib.parallel_config("dask", client=client, n_jobs=-1):
+        yield
+
+
+def end_with(parent: int) -> None:
+    """Have this worker end when the process that it works for is gone.
+
+    A worker whose parent was killed in the middle of handing it a task would wait for the rest of it for ever.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def with_progress(items: Iterable, total: int, label: str | None) -> Iterator:
+    """Pass `items` on; tqdm prints a line to stderr every 10 seconds and at the end, under the `label` (None: none).
+
+    Lines, because a bar that is drawn over is unreadable in a log and dead in an executed notebook.
+
+    >>> sum(with_progress((k * k for k in range(4)), 4, None))
+    14
+    """
+    line = "  {desc}: {n_fmt}/{total_fmt} done, {elapsed} so far, {remaining} left\n"
+    yield from tqdm(
+        items, label, total, mininterval=10, miniters=1, file=sys.stderr, disable=label is None, bar_format=line
+    )
