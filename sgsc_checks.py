@@ -51,8 +51,13 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {key: p for key, p in module._parameters.items() if p is not None}
 
 
-def trainable(module: nn.Module) -> list[str]:
-    return [key for key, p in own_parameters(module).items() if p.requires_grad]
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {key: p for key, p in own_parameters(module).items() if p.requires_grad}
+
+
+def named(path: str, module: nn.Module) -> str:
+    """The name that a message gives to a module: "'2' (ReLU)"."""
+    return f"'{path or 'model'}' ({type(module).__name__})"
 
 
 def is_torchs_own(module: nn.Module) -> bool:
@@ -98,66 +103,63 @@ class Explanation(list[Served]):
 
 
 def explain_model(model: nn.Module, rules: Mapping[type, Callable]) -> Iterator[Served]:
-    owners: dict[nn.Parameter, str] = {}  # who was first to own a trainable parameter
+    owners: dict[nn.Parameter, str] = {}  # who was first to own a parameter
     whole: dict[str, str] = {}  # problems that a module's own modules share
     for path, module in model.named_modules():
-        name, own = path or "model", own_parameters(module)
-        problem = next((text for above, text in whole.items() if path.startswith(f"{above}.")), "")
-        problem = problem or _problem(name, module, rules, owners)
+        own, who = own_parameters(module), named(path, module).replace("'", "")
+        inherited = next((text for above, text in whole.items() if path.startswith(above)), "")
+        problem = inherited or _problem(path, module, rules, owners)
         if problem and (isinstance(module, nn.MultiheadAttention) or nn.utils.parametrize.is_parametrized(module)):
-            whole[path] = problem
-        rule = getattr(rules.get(type(module)), "__name__", "")
+            whole[path and f"{path}."] = problem
+        rule = rules.get(type(module))
         for key, p in own.items():
-            owners.setdefault(p, name)
-            frozen = not (p.requires_grad or problem)
-            served_by = "frozen" if frozen else "" if problem else rule
-            yield Served(f"{path}.{key}" if path else key, f"{name} ({type(module).__name__})", served_by, problem)
-        if problem and not own:
-            yield Served("", f"{name} ({type(module).__name__})", "", problem)
+            owners.setdefault(p, path or "model")
+            served_by = getattr(rule, "__name__", type(rule).__name__) if p.requires_grad else "frozen"
+            yield Served(f"{path}.{key}" if path else key, who, "" if problem else served_by, problem)
+        if problem and not own and not inherited:
+            yield Served("", who, "", problem)
 
 
-def _problem(name: str, module: nn.Module, rules: Mapping[type, Callable], owners: Mapping[nn.Parameter, str]) -> str:
+def _problem(path: str, module: nn.Module, rules: Mapping[type, Callable], owners: Mapping[nn.Parameter, str]) -> str:
     """Why this module cannot be served, the first reason of a table, and the way out; empty where it can be."""
     kind, own, mine = type(module), own_parameters(module), trainable(module)
-    shared = next((owners[own[key]] for key in mine if own[key] in owners), None)
-    computed = nn.utils.parametrize.is_parametrized(module) and any(p.requires_grad for p in module.parameters())
-    computed |= is_torchs_own(module) and kind in rules and not own.keys() <= {"weight", "bias"}  # older weight norm
-    no_rule = f"no rule for it, and it owns {sorted(mine)}"
+    shared = next((owners[p] for p in mine.values() if p in owners), None)
+    twice = len(set(mine.values())) < len(mine)
+    parametrized = nn.utils.parametrize.is_parametrized(module) and any(p.requires_grad for p in module.parameters())
+    older_norm = is_torchs_own(module) and not own.keys() <= {"weight", "bias"}  # the older weight and spectral norm
+    computed = "its weight is computed from other parameters", "Remove the parametrisation"
     inside = ", or move them into a layer of their own" * any(True for _ in module.children())
     add_rule = (
         "Freeze its parameters, or, if it maps one tensor to one tensor, sample by sample, add a rule: "
         f"SGSC.rules[{kind.__name__}] = per_sample_rule{inside}. {_REFERENCE}"
     )
-    one_to_one = isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention)
+    several_tensors = isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention)
     sparse = isinstance(module, nn.Embedding) and (module.sparse or module.max_norm is not None)
     reasons = [
         (hasattr(module, "_orig_mod"), "hooks set after torch.compile are not run", "Build SGSC first, then compile"),
         (isinstance(module, nn.DataParallel), "it runs on copies of the model", "Use DistributedDataParallel"),
         (couples_samples(module), "in training mode it couples the samples", "Call its eval(), or use GroupNorm"),
-        (
-            any(map(nn.parameter.is_lazy, own.values())),
-            "its parameters are not initialised",
-            "Run the model once first",
-        ),
-        (computed, "its weight is computed from other parameters", "Remove the parametrisation"),
+        (any(map(nn.parameter.is_lazy, own.values())), "its parameters are not initialised", "Run it once first"),
+        (parametrized, *computed),
     ]
     reasons += bool(mine) * [
         (shared is not None, f"it shares a parameter with '{shared}'", _REFERENCE),
-        (one_to_one, "it does not map one tensor to one tensor", f"Freeze its parameters. {_REFERENCE}"),
-        (kind not in rules, no_rule, add_rule),
-        (kind in rules and not _is_rule(rules[kind]), "its rule takes no (module, input, error)", "Correct the rule"),
+        (twice, f"of {sorted(mine)}, two are one parameter", _REFERENCE),
+        (several_tensors, "it does not map one tensor to one tensor", f"Freeze its parameters. {_REFERENCE}"),
+        (kind not in rules, f"no rule for it, and it owns {sorted(mine)}", add_rule),
+        (older_norm, *computed),
+        (not _is_rule(rules.get(kind)), "its rule takes no (module, input, error)", "Correct the rule"),
         (any(not p.is_floating_point() for p in own.values()), "its parameters are not real numbers", _REFERENCE),
         (sparse, "sparse gradients and max_norm are not covered", "Use sparse=False, max_norm=None"),
     ]
-    return next(
-        (f"SGSC does not serve '{name}' ({kind.__name__}): {r}. {w}." for applies, r, w in reasons if applies), ""
-    )
+    found = next((f"{reason}. {way_out}." for applies, reason, way_out in reasons if applies), "")
+    return found and f"SGSC does not serve {named(path, module)}: {found}"
 
 
 def _is_rule(rule: Any) -> bool:
     try:
         inspect.signature(rule).bind(None, None, None)
-    except TypeError:
+    except (TypeError, ValueError):  # ValueError: a built-in class, such as dict, has no signature
         return False
     return True
 
@@ -171,20 +173,21 @@ def couples_samples(module: nn.Module) -> bool:
 # -- a call, a rule's answer, a statistic ------------------------------------------------------------------------------
 
 
-def coupling_hook(name: str) -> Callable:
+def coupling_hook(path: str, module: nn.Module) -> Callable:
+    @torch.compiler.disable
     def on_batch_norm(called: nn.Module, _: tuple) -> None:  # train() may have been called since construction
-        if is_training_pass() and couples_samples(called):
+        if called is module and is_training_pass() and couples_samples(module):
             raise ValueError(
-                f"SGSC does not serve '{name}' ({type(called).__name__}) in training mode: it couples the samples. "
+                f"SGSC does not serve {named(path, module)} in training mode: it couples the samples. "
                 "Call its eval(), or use GroupNorm."
             )
 
     return on_batch_norm
 
 
-def refuse_call(name: str, module: nn.Module, tensors: list[Tensor], output: Any) -> None:
+def refuse_call(path: str, module: nn.Module, tensors: list[Tensor], output: Any) -> None:
     """Refuse a call of a layer in which its rule could not see what it needs."""
-    where = f"'{name}' ({type(module).__name__})"
+    where = named(path, module)
     if torch._C._current_graph_task_id() != -1:  # a backward pass is under way
         raise ValueError(
             f"{where} should run in the forward pass only. Found it run again in the backward pass, by activation "
@@ -194,10 +197,10 @@ def refuse_call(name: str, module: nn.Module, tensors: list[Tensor], output: Any
         raise ValueError(f"{where} should map one tensor to one tensor. Found {len(tensors)} tensor inputs.")
 
 
-def refuse_place(name: str, module: nn.Module, inputs: Tensor, rows: int, used: Collection[str]) -> None:
+def refuse_place(path: str, module: nn.Module, inputs: Tensor, rows: int, used: Collection[str]) -> None:
     """Refuse a layer's second use in a pass, and an input without the batch's samples along its first axis."""
-    where = f"'{name}' ({type(module).__name__})"
-    if name in used:
+    where = named(path, module)
+    if path in used:
         raise ValueError(
             f"{where} should be used once in a forward pass. Found a second use: a sample's gradient would be a sum "
             "over the uses. Give each use a layer of its own, or use per_sample_gradients."
@@ -231,10 +234,10 @@ def second_use_hook(model: nn.Module) -> Callable:
                 elif following is not None and following not in seen:
                     seen.add(following)
                     pending.add(following)
-        for name, module in model.named_modules():
+        for path, module in model.named_modules():
             if is_torchs_own(module) and any(uses[p] > 1 for p in own_parameters(module).values()):
                 raise ValueError(
-                    f"SGSC does not serve '{name}' ({type(module).__name__}): its parameters are used a second time "
+                    f"SGSC does not serve {named(path, module)}: its parameters are used a second time "
                     "outside it. Give each use a layer of its own, or use per_sample_gradients."
                 )
         checked = True
@@ -242,23 +245,22 @@ def second_use_hook(model: nn.Module) -> Callable:
     return on_output
 
 
-def refuse_sums(name: str, module: nn.Module, found: Any) -> None:
+def refuse_sums(path: str, module: nn.Module, found: Any) -> None:
     """Refuse what a rule should not return, by the module's and the parameter's name."""
-    who = f"The rule for '{name}' ({type(module).__name__})"
+    who = f"The rule for {named(path, module)}"
     if not isinstance(found, dict):
         raise TypeError(f"{who} should return {{name: (Σ sign g, count)}}. Found {type(found).__name__}.")
     if unknown := found.keys() - module._parameters.keys():
         raise ValueError(f"{who} should cover {sorted(module._parameters)} and no more. Found {sorted(unknown)}.")
-    for key in trainable(module):
+    for key, p in trainable(module).items():
         if key not in found:
             raise KeyError(f"{who} should cover {key!r}. Found {sorted(found)}.")
         parts: Sequence[Any] = found[key] if isinstance(found[key], tuple | list) else (found[key],)
         shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
-        expected = tuple(module._parameters[key].shape)
-        if shapes != [expected, ()]:
+        if shapes != [tuple(p.shape), ()]:
             raise ValueError(
-                f"{who} should give for {key!r} two tensors: Σ sign g over the batch, {expected}, and the number of "
-                f"all g ≠ 0, (). Found {type(found[key]).__name__} of {', '.join(map(str, shapes))}."
+                f"{who} should give for {key!r} two tensors: Σ sign g over the batch, {tuple(p.shape)}, and the "
+                f"number of all g ≠ 0, (). Found {type(found[key]).__name__} of {', '.join(map(str, shapes))}."
             )
 
 

@@ -40,6 +40,7 @@ from sgsc_checks import (
     explain_model,
     is_torchs_own,
     is_training_pass,
+    named,
     own_parameters,
     refuse_call,
     refuse_place,
@@ -106,7 +107,7 @@ def per_sample_gradients(
     for name, module in model.named_modules():
         if couples_samples(module):
             raise ValueError(
-                f"`model` should treat samples independently. Found '{name}' ({type(module).__name__}, training mode): "
+                f"`model` should treat samples independently. Found {named(name, module)} in training mode: "
                 "call model.eval() first."
             )
     if len(x) != len(y):
@@ -382,7 +383,7 @@ class SGSC:
                 hook = self._layer_hook(name, module)
                 self._hooks.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                self._hooks.append(module.register_forward_pre_hook(coupling_hook(name)))
+                self._hooks.append(module.register_forward_pre_hook(coupling_hook(name, module)))
 
     @classmethod
     def explain(cls, model: nn.Module) -> Explanation:
@@ -413,19 +414,26 @@ the samples. Call its eval(), or use GroupNorm.
             if first is None:
                 self._pass = None  # the first layer tells how many samples there are
             else:
-                self._start_pass(len(first))
+                self._start_pass(first)
 
         return on_model
 
-    def _start_pass(self, rows: int) -> _Pass:
+    def _start_pass(self, inputs: Tensor) -> _Pass:
         if self._awaits_with:
             self._awaits_with = False  # so that a corrected notebook cell can go on with this object
             raise RuntimeError(
                 "`scaled_update()` was called but not entered, so that the step after it was the plain optimizer's. "
                 "Write: with sgsc.scaled_update(): optimizer.step()"
             )
-        self._pass = _Pass(rows)
+        self._pass = _Pass(inputs.shape[:1].numel())
         return self._pass
+
+    def _start_statistic(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._active: dict[str, Tensor] = {}
+        self._samples = 0
+        self._reduced: _Statistic | None = None
+        self._gated = False
 
     def _layer_hook(self, name: str, module: nn.Module) -> Callable:
         @torch.compiler.disable
@@ -434,7 +442,7 @@ the samples. Call its eval(), or use GroupNorm.
                 return
             tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
             refuse_call(name, module, tensors, output)
-            this = self._pass if self._pass and not self._pass.counted else self._start_pass(len(tensors[0]))
+            this = self._pass if self._pass and not self._pass.counted else self._start_pass(tensors[0])
             refuse_place(name, module, tensors[0], this.rows, this.layers)
             held, shape = [tensors[0].detach()], output.shape
             this.layers[name] = False
@@ -467,8 +475,10 @@ the samples. Call its eval(), or use GroupNorm.
         refuse_sums(name, module, found)
         for key in trainable(module):
             full = f"{name}.{key}" if name else key
-            for sums, part in zip((self._sums, self._active), found[key], strict=True):
-                sums[full] = sums[full].add_(part) if full in sums else part
+            total, count = found[key]
+            if full in self._sums:
+                total, count = self._sums[full].add_(total), self._active[full] + count
+            self._sums[full], self._active[full] = total, count
 
     # -- the statistic: which samples it covers, and the sums over all processes ---------------------------------------
 
@@ -476,13 +486,6 @@ the samples. Call its eval(), or use GroupNorm.
         """Whether the gradients were cleared: None, or all zero (set_to_none=False) although some sample's were not."""
         gradients = [p.grad for p in self._model.parameters() if p.requires_grad and p.grad is not None]
         return not gradients or (not any(g.any() for g in gradients) and any(self._active.values()))
-
-    def _start_statistic(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._active: dict[str, Tensor] = {}
-        self._samples = 0
-        self._reduced: _Statistic | None = None
-        self._gated = False
 
     def _statistic(self) -> _Statistic:
         if self._reduced is None:

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from timing import RESULTS, machine, median_interval, note
 from torch import Tensor, nn
 
-from sgsc_lib import SGSC, factored_sums, mlp, per_sample_gradients, write_table
+from sgsc_lib import SGSC, factored_sums, mlp, per_sample_gradients
 
 THREADS = 2
 GAMMA = 0.25
@@ -336,6 +336,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
     if args.memory:
         return peak_memory(*args.memory)
+    from sgsc_study import write_table  # not above: what it loads would be part of every peak of memory
 
     rows = []
     for name in args.models:

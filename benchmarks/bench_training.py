@@ -22,17 +22,9 @@ import torch
 import torch.nn.functional as F
 from timing import RESULTS, machine, median_interval, note
 
-from sgsc_lib import (
-    Dataset,
-    Run,
-    _stream,
-    load_mnist1d,
-    mlp,
-    per_sample_gradients,
-    sign_consistency,
-    train,
-    write_table,
-)
+from sgsc_lib import mlp, per_sample_gradients, sign_consistency
+from sgsc_study import Dataset, Run, load_mnist1d, train, write_table
+from sgsc_study.engine import stream
 
 WIDTHS, BATCH_SIZE, EPOCHS, STACK = (40, 128, 128, 10), 128, 50, 8
 LOSS_TOLERANCE = 0.02  # between ways: float32 sums in another order, over some dozens of steps
@@ -58,7 +50,7 @@ def stacked(n_runs: int, n_jobs: int) -> Way:
 
 def batch_order(run: Run, n: int, epochs: int) -> torch.Tensor:
     """The rows of each batch [epochs, n]: the order in which `train` draws them."""
-    generator = _stream(run.seed, 1)
+    generator = stream(run.seed, 1)
     return torch.stack([torch.randperm(n, generator=generator) for _ in range(epochs)])
 
 

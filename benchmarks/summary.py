@@ -1,13 +1,12 @@
-"""Turn the benchmark's two tables into a plot and a page of markdown, and put that page into the README.
+"""Turn the benchmark's two tables into a plot and a page of markdown, and put that into docs/benchmark.md.
 
 The aims were set before anything was measured.
 
-    python summary.py             results/benchmark.svg, results/benchmark.md and the README's benchmark section
-    python summary.py --quick     the same from results/quick, without the README
+    python summary.py             results/benchmark.svg, and the tables in docs/benchmark.md
+    python summary.py --quick     the same from results/quick, to results/quick/benchmark.md
 """
 
 import argparse
-import html
 import io
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import matplotlib
 import pandas as pd
 from timing import RESULTS
 
-from sgsc_lib import write_text
+from sgsc_study.results import write_text
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
@@ -24,7 +23,13 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOOR, OURS, SCALED = "plain backward", "SGSC, statistic", "SGSC, scale_gradients_"
 PARTS = ("hooks that do nothing", "hooks and sign products")  # no methods: they show where SGSC's time goes
 WIDE, SMALL = "784-1024-1024-10", "40-128-128-10"
+PAGE = ROOT / "docs" / "benchmark.md"
 BEGIN, END = "<!-- benchmark: written by benchmarks/summary.py from benchmarks/results -->\n", "<!-- /benchmark -->"
+PICTURE = (
+    '<img src="../benchmarks/results/benchmark.svg" alt="Bar charts: the time of a pass over that of a plain one, for '
+    "SGSC and its peers on three models; the time of a training run over that of the stacked one. The tables below "
+    'hold every number.">\n\n'
+)
 
 
 def aims(statistic: pd.DataFrame, training: pd.DataFrame) -> pd.DataFrame:
@@ -120,13 +125,13 @@ def page(statistic: pd.DataFrame, training: pd.DataFrame) -> str:
     )
     epochs = int(training.epochs_timed.iloc[0])
     return (
-        "What was aimed at, as ratios in one run; beside the measured median its 95 % interval (smallest and largest "
-        f"value where there are fewer than 6 rounds):\n\n{markdown(aims(statistic, training))}\n"
-        "<details>\n<summary>All that was timed</summary>\n\n"
-        f"One forward and backward pass with the sign consistency of every parameter, on {statistic.threads.iloc[0]} "
-        f"threads ({statistic.machine.iloc[0]}); median of the rounds and its interval.\n\n{markdown(passes)}\n"
-        f"A training run of 50 epochs on MNIST-1D, scaled from {epochs} timed epoch{'s' if epochs > 1 else ''} "
-        f"(JAX {training.jax.iloc[0]}, compilation not counted).\n\n{markdown(runs)}\n</details>\n"
+        "## Aims\n\nEach aim is a ratio within one run of the benchmark, set before anything was measured. Beside the "
+        "median of the rounds stands its 95 % interval; with fewer than 6 rounds, the smallest and the largest value."
+        f"\n\n{markdown(aims(statistic, training))}\n"
+        "## A pass\n\nOne forward and backward pass with the sign consistency of every parameter, on "
+        f"{statistic.threads.iloc[0]} threads ({statistic.machine.iloc[0]}).\n\n{markdown(passes)}\n"
+        f"## A training run\n\nA run of 50 epochs on MNIST-1D, scaled from {epochs} timed "
+        f"epoch{'s' if epochs > 1 else ''} (JAX {training.jax.iloc[0]}, compilation not counted).\n\n{markdown(runs)}"
     )
 
 
@@ -162,14 +167,14 @@ def plot(statistic: pd.DataFrame, training: pd.DataFrame) -> str:
         ax.tick_params(axis="y", labelsize=8)
         ax.grid(visible=False, axis="y")
     buffer = io.StringIO()
-    # White behind it, as the README shows it on dark pages too.
+    # White behind it, as a dark page shows it too.
     fig.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="white", transparent=False)
     return buffer.getvalue()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="from and to results/quick, and not to the README")
+    parser.add_argument("--quick", action="store_true", help="from and to results/quick, and not to docs/benchmark.md")
     quick = parser.parse_args().quick
     folder = RESULTS / "quick" if quick else RESULTS
     tables = []
@@ -179,17 +184,14 @@ def main() -> None:
         tables.append(pd.read_csv(folder / name))
     text = page(*tables)
     write_text(plot(*tables), folder / "benchmark.svg")
-    write_text(text, folder / "benchmark.md")
-    readme = ROOT / "README.md"
-    before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    if quick:
+        write_text(text, folder / "benchmark.md")
+        return
+    before, begin, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
-    if begin and end and not quick:
-        told = "; ".join(
-            f"{row.model}, {row.method}: {row.ratio:.2f}" for row in tables[0].dropna(subset="ratio").itertuples()
-        )
-        alt = html.escape(f"Time of a pass over that of a plain one. {told}. The training runs are in the table below.")
-        picture = f'<img src="benchmarks/results/benchmark.svg" alt="{alt}">\n\n'
-        write_text(f"{before}{begin}{picture}{text}{end}{after}", readme)
+    if not end:
+        parser.error(f"{PAGE} should have the lines {BEGIN.strip()} and {END}, between which the tables go.")
+    write_text(f"{before}{begin}{PICTURE}{text}{end}{after}", PAGE)
 
 
 if __name__ == "__main__":

@@ -18,22 +18,35 @@ from typing import Any
 import pandas as pd
 import torch
 
-from sgsc_lib import CACHE, DATA_SHA256, arithmetic, build_command, result_problem, write_text
-
-ROOT = Path(__file__).resolve().parent.parent
-LIBRARY = ROOT / "sgsc_lib.py"
+from sgsc_study.cache import CACHE, code_version
+from sgsc_study.data import DATA_SHA256
+from sgsc_study.results import build_command, result_problem, write_text
+from sgsc_study.workers import arithmetic
 
 
 class BuildError(Exception):
     """A build that cannot go on, worded for the person who can mend it."""
 
 
+EMPTY: dict[str, Any] = {"notebooks": {}, "results": {}}  # of a folder in which nothing has run
+
+
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def code_sha256() -> str:
+    """SHA-256 of all code of the study, but for its comments, docstrings and errors' words."""
+    return code_version("sgsc_study")
+
+
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def minutes(seconds: float) -> str:
+    """A length of time in words: seconds up to two minutes, then minutes."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def raw_results(folder: Path) -> list[Path]:
@@ -52,7 +65,7 @@ def environment() -> dict[str, Any]:
     cpuinfo = dict(re.findall(r"^(.+?)\s*: (.+)", lines, re.MULTILINE))
     cpu = [cpuinfo.get("model name", platform.processor())]
     cpu += [f"{key} {cpuinfo[key]}" for key in ("cpu family", "model") if key in cpuinfo]
-    needs = [need for need in importlib.metadata.requires("sgsc") or [] if "extra ==" not in need]
+    needs = [need for need in importlib.metadata.requires("sgsc") or [] if not re.search("extra == .(?!study)", need)]
     packages = sorted(re.split(r"[^\w.-]", need)[0] for need in needs)
     return {
         "data_sha256": DATA_SHA256,
@@ -69,43 +82,37 @@ def environment() -> dict[str, Any]:
     }
 
 
-def results_of(ran: dict[str, Any]) -> dict[str, str]:
-    """Return {file name: SHA-256} of all that the notebooks wrote; for a file of several, as the last left it."""
-    results = {}
-    for entry in sorted(ran.values(), key=lambda entry: entry["started"]):
-        results |= entry.get("results", {})
-    return dict(sorted(results.items()))
-
-
-def write_manifest(folder: Path, profile: str, ran: dict[str, Any]) -> None:
-    """Write the manifest of what the notebooks `ran` left in the folder."""
-    results = results_of(ran)
+def write(folder: Path, profile: str, ran: dict[str, Any]) -> dict[str, Any]:
+    """Write the manifest of what the notebooks `ran` have left in the folder by now, and return it."""
+    names = sorted({name for entry in ran.values() for name in entry["results"]})
+    results = {name: sha256(folder / name) for name in names}
     tables = {name: pd.read_csv(folder / name) for name in results if name.endswith(".csv")}
     manifest = {
         "profile": profile,
         "started": min(entry["started"] for entry in ran.values()),
         "finished": now(),
         "seconds": round(sum(entry["seconds"] for entry in ran.values()), 1),
-        "library_sha256": sha256(LIBRARY),
+        "code_sha256": code_sha256(),
         **environment(),
         "notebooks": ran,
         "seeds": {name: sorted(map(int, t["seed"].unique())) for name, t in tables.items() if "seed" in t},
         "results": results,
     }
     write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", folder / "manifest.json")
+    return manifest
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read(folder: Path) -> dict[str, Any]:
     """Return the folder's manifest, an empty one where there is none yet; BuildError if it is damaged."""
     path = folder / "manifest.json"
     if not path.exists():
-        return {"notebooks": {}, "results": {}}
+        return EMPTY
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         _ = manifest["notebooks"], manifest["results"]
         return manifest
     except (ValueError, KeyError, TypeError) as error:  # not JSON, not UTF-8, not a manifest
-        raise BuildError(f"{path} is damaged: {error!r}. Make it anew: {command(folder.name)}") from None
+        raise BuildError(f"{path} is damaged: {error!r}. Rebuild it: {command(folder.name)}") from None
 
 
 def command(profile: str, *only: str) -> str:
@@ -117,16 +124,16 @@ def restore(profile: str) -> str:
     return "`git restore report README.md` brings back what is committed." if profile == "full" else ""
 
 
-def check_results(folder: Path, results: dict[str, str], ran: dict[str, Any], rerun: str | None = None) -> None:
-    """Raise BuildError naming each of the `results` that is not what it was, but for those that only `rerun` writes."""
+def check_results(folder: Path, manifest: dict[str, Any], rerun: str | None = None) -> None:
+    """Raise BuildError naming each result that is not what the manifest says, except what only `rerun` writes."""
     problems, makers = [], set()
-    for name, digest in results.items():
-        made_by = {stem for stem, entry in ran.items() if name in entry.get("results", {})}
+    for name, digest in manifest["results"].items():
+        made_by = {stem for stem, entry in manifest["notebooks"].items() if name in entry.get("results", ())}
         if made_by != {rerun} and (problem := result_problem(folder / name, digest)):
             problems.append(problem)
             makers |= made_by
     if problems:
-        raise BuildError("\n".join([*problems, f"Make it anew: {command(folder.name, *makers)}"]))
+        raise BuildError("\n".join([*problems, f"Rebuild it: {command(folder.name, *makers)}"]))
 
 
 def check_environment(folder: Path, manifest: dict[str, Any]) -> None:
@@ -137,10 +144,7 @@ def check_environment(folder: Path, manifest: dict[str, Any]) -> None:
         return {"data": made["data_sha256"], "Python": made["python"], **own, **made["packages"]}
 
     then, today = flat(manifest), flat(environment())
-    differ = {key: (then.get(key), today.get(key)) for key in then | today if then.get(key) != today.get(key)}
+    differ = [f"{k} {then.get(k)} (now {today.get(k)})" for k in then | today if then.get(k) != today.get(k)]
     if differ:
-        raise BuildError(
-            f"the results in {folder} were made with "
-            + ", ".join(f"{key} {old} (now {new})" for key, (old, new) in differ.items())
-            + f". --only would mix the two. Make all of them anew: {command(folder.name)}"
-        )
+        told = f"the results in {folder} were made with {', '.join(differ)}. --only would mix the two."
+        raise BuildError(f"{told} Rebuild all of them: {command(folder.name)}")

@@ -2,7 +2,7 @@
 
 A preprocessor (`KeepOurs`) decides which outputs a reader sees; two Jinja filters (`markdown`, `number`) turn Markdown
 into HTML with MathML and give figures, tables and equations their numbers; report/template/ says how it all looks. The
-first figure and the explorer are drawn from result files, and are left out where those files are not among the results.
+first figure is one that a notebook made, lifted; the explorer is drawn from a result file, and left out without it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,10 @@ import pypandoc
 import yaml
 from bs4 import BeautifulSoup
 from jinja2 import pass_context
-from manifest import BuildError
+from manifest import BuildError, minutes
 from nbconvert import HTMLExporter
 from nbconvert.filters import markdown2html_pandoc
 from nbconvert.preprocessors import Preprocessor
-from summary import forest_figure
-
-from sgsc_lib import duration
 
 TEMPLATE = Path(__file__).resolve().parent / "template"
 UPLOT = TEMPLATE / "uplot-1.6.32"  # as the npm registry has it: 50 kB with bands and log scales, where others take 200
@@ -74,7 +71,7 @@ def name_of(cell_id: str) -> str:
 
 
 class KeepOurs(Preprocessor):
-    """Drop stderr and foreign HTML; refuse errors, and images that did not come through `sgsc_lib.figure`."""
+    """Drop stderr and foreign HTML; refuse errors, and images that did not come through `sgsc_study.figure`."""
 
     def preprocess_cell(self, cell, resources, index):
         if cell.cell_type == "code":
@@ -87,7 +84,7 @@ class KeepOurs(Preprocessor):
                 data.pop("text/html", None)
                 if any(kind.startswith("image/") for kind in data):
                     where = name_of(cell.id)
-                    raise BuildError(f"{where}: an image without alternative text. Show it with sgsc_lib.figure.")
+                    raise BuildError(f"{where}: an image without alternative text. Show it with sgsc_study.figure.")
         return cell, resources
 
 
@@ -137,6 +134,8 @@ def number(html: str) -> dict[str, Any]:
         if not img.get("alt", "").strip() or not img.get("src", "").startswith("data:image/svg+xml"):
             fail(img, f"an image should have alternative text and be embedded as SVG. Found {str(img)[:120]}")
         img.wrap(soup.new_tag("div", attrs={"class": "plate"}))
+    if (head := soup.find(id="findings")) and (lifted := soup.find(id="fig-findings")):
+        head.append(lifted.extract())
     labels = {}
     for prefix, word in ("fig", "Figure"), ("tbl", "Table"):
         for n, figure in enumerate(soup.select(f'figure[id^="{prefix}-"]'), 1):
@@ -228,7 +227,6 @@ def render(executed: dict[str, Path], manifest: dict[str, Any], data: list[Path]
     page = {
         "manifest": manifest,
         "findings": findings,
-        "figure": forest_figure(read["comparisons.csv"]) if "comparisons.csv" in read else "",
         "explorer": explorer(curves) if curves else {},
         "citation": citation(CITATION),
         "style": "\n".join(path.read_text(encoding="utf-8") for path in styles),
@@ -239,7 +237,7 @@ def render(executed: dict[str, Path], manifest: dict[str, Any], data: list[Path]
         extra_template_basedirs=[str(TEMPLATE.parent)],
         template_name=TEMPLATE.name,
         preprocessors=[KeepOurs],
-        filters={"markdown": markdown, "number": number, "csp_hash": csp_hash, "duration": duration, "quote": quote},
+        filters={"markdown": markdown, "number": number, "csp_hash": csp_hash, "minutes": minutes, "quote": quote},
         config={"NbConvertBase": {"display_data_priority": ["text/html", "text/markdown", "text/plain"]}},
     )
     html, _ = exporter.from_notebook_node(merge(executed), {"page": page})

@@ -13,7 +13,7 @@ from sgsc_study.cache import CACHE, ROOT
 from sgsc_study.data import Dataset, draw_mnist1d, load_mnist1d
 from sgsc_study.figures import figure, table, with_interval
 from sgsc_study.gates import GATES, RELATIVES, align_runs
-from sgsc_study.measures import PairedComparison, compare_paired, smoothness
+from sgsc_study.measures import PairedComparison, compare_paired, smoothness, t_comparison
 from sgsc_study.notebook import begin
 from sgsc_study.results import claim, read_table, write_claims, write_table
 from sgsc_study.runs import PLACEMENTS, Curves, Run

@@ -1,15 +1,16 @@
 """Where trained runs are kept, and under which key: the code that computes them, their settings and their data."""
 
-from __future__ import annotations
-
 import ast
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import os
+import re
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from pickle import PicklingError
 from typing import Any
@@ -29,31 +30,62 @@ class _Meaning(ast.NodeTransformer):
             node.body = node.body[1:] or [ast.Pass()]
         return self.generic_visit(node)
 
-    visit_Module = visit_FunctionDef = visit_ClassDef = _body
+    visit_Module = visit_FunctionDef = visit_AsyncFunctionDef = visit_ClassDef = _body
 
     def visit_Raise(self, _: ast.Raise) -> ast.Raise:
         return ast.Raise()
 
 
 def _source(module: str) -> str:
-    """A module's source; of a notebook, all that it has run; of what has none, a text that no other call gives."""
-    loaded = sys.modules.get(module) or importlib.import_module(module)
+    """A module's source when it was loaded; of a notebook, all that it has run; else a text that no other call gives.
+
+    It is read once, and kept where a reload forgets it: a file that was edited since is not what runs.
+    """
+    loaded: Any = sys.modules.get(module)
     if ran := getattr(loaded, "In", None):
         return "\n".join(ran)
-    path = getattr(loaded, "__file__", None)
-    return Path(path).read_text(encoding="utf-8") if path and path.endswith(".py") else uuid.uuid4().hex
+    spec: Any = loaded.__spec__ if loaded else importlib.util.find_spec(module)
+    path, keeper = (spec.origin, spec) if spec else (getattr(loaded, "__file__", ""), loaded)
+    if not str(path).endswith(".py"):
+        return uuid.uuid4().hex
+    if not hasattr(keeper, "sgsc_source"):
+        keeper.sgsc_source = Path(path).read_text(encoding="utf-8")
+    return keeper.sgsc_source
 
 
-def _imported(tree: ast.AST) -> Iterator[str]:
+def _counts(name: str, importer: str) -> bool:
+    """Whether `name` is a module whose code is its importer's too: of this project, of one package, not installed."""
+    root = name.partition(".")[0]
+    if root in sys.stdlib_module_names:
+        return False
+    with suppress(ImportError, ValueError, AttributeError):  # it is something in a module, or it is missing
+        home: Any = importlib.util.find_spec(root)
+        installed = re.search(r"(site|dist)-packages", f"{home.origin} {home.submodule_search_locations}")
+        if not installed or root in (*OWN, importer.partition(".")[0]):
+            found: Any = importlib.util.find_spec(name)
+            return found.origin.endswith(".py")
+    return False
+
+
+@lru_cache(maxsize=256)
+def _meaning(source: str, module: str) -> tuple[str, list[str]]:
+    """What a module's source computes, as text, and which other modules' code counts with it."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:  # a notebook's cell that failed
+        return uuid.uuid4().hex, []
+    names, package = [], getattr(sys.modules.get(module), "__package__", "") or module.rpartition(".")[0]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return ast.unparse(_Meaning().visit(tree)), [name for name in names if _counts(name, module)]
 
 
 def code_version(*modules: str) -> str:
-    """SHA-256 of what modules compute: their code, and that of the modules of this project which they import.
+    """SHA-256 of what modules compute: their code, and that of what they import and is not installed beside Python.
 
     Comments, docstrings, layout and the words of errors are left out, so that rewording them keeps the cache.
 
@@ -62,37 +94,33 @@ def code_version(*modules: str) -> str:
     """
     pending, meanings = list(modules), {}
     while pending:
-        if (module := pending.pop()) in meanings:
-            continue
-        source = _source(module)
-        try:
-            tree = ast.parse(source)
-        except SyntaxError:  # a notebook's cell that failed
-            meanings[module] = source
-            continue
-        pending += [name for name in _imported(tree) if name.split(".")[0] in (*OWN, module.split(".")[0])]
-        meanings[module] = ast.unparse(_Meaning().visit(tree))
+        if (module := pending.pop()) not in meanings:
+            meanings[module], imported = _meaning(_source(module), module)
+            pending += imported
     return hashlib.sha256(repr(sorted(meanings.items())).encode()).hexdigest()
 
 
 def function_version(function: Callable) -> str:
-    """SHA-256 of what a function computes: its module's `code_version`, its place there, its closure and defaults.
+    """SHA-256 of what a function computes: the `code_version` of its module, its place there, and the values it holds.
 
-    What can't be told so has another one at every call, and nothing is read from the cache for it.
+    It holds those of its closure and its defaults. What can't be told so has another version at every call, and nothing
+    is read from the cache for it.
 
     >>> def scaled(by):
     ...     return lambda value: by * value
     >>> function_version(scaled(2)) == function_version(scaled(3))
     False
     """
-    bare: Any = inspect.unwrap(function)
+    bare: Any = function if hasattr(function, "__code__") else inspect.unwrap(function)  # an lru_cache has none
     try:
+        home, code = bare.__globals__["__name__"], bare.__code__
+        named = getattr(sys.modules[home], code.co_name, None) in (function, bare)
+        place = code.co_name if named else [Path(code.co_filename).name, *code.co_positions()]  # a lambda, say
         cells = [cell.cell_contents for cell in bare.__closure__ or ()]
-        place = [bare.__qualname__, *next(bare.__code__.co_positions())]
-        given = joblib.hash([cells, bare.__defaults__, bare.__kwdefaults__])
-    except (AttributeError, PicklingError):  # an object that is called, or a closure over what can't be compared
+        given = joblib.hash([cells, bare.__defaults__, bare.__kwdefaults__, getattr(bare, "__self__", None)])
+        return hashlib.sha256(repr([code_version(home), place, given]).encode()).hexdigest()
+    except (AttributeError, ImportError, KeyError, PicklingError, TypeError, ValueError):
         return uuid.uuid4().hex
-    return hashlib.sha256(repr([code_version(bare.__module__), place, given]).encode()).hexdigest()
 
 
 def cached(folder: str | os.PathLike, key: str, compute: Callable[[], Any]) -> Any:

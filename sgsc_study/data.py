@@ -1,7 +1,5 @@
 """MNIST-1D (Greydanus & Kobak, arXiv 2011.14439), drawn offline by its authors' own generator, and its splits."""
 
-from __future__ import annotations
-
 import hashlib
 from functools import lru_cache
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 Run r gives the same bits alone and in any stack: it has generators of its own, and no operation mixes runs.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -15,17 +13,15 @@ from torch import Tensor
 
 from sgsc_lib import factored_sums, mlp
 from sgsc_study.data import Dataset
-from sgsc_study.gates import RELATIVES, SUMS, Gate, align_runs, sums_of
+from sgsc_study.gates import SUMS, Gate, align_runs, sums_of
 from sgsc_study.runs import EPOCH_CURVES, Run
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam's defaults (Kingma & Ba, arXiv 1412.6980), as in torch.optim.Adam
 
 
 def stacked_parameters(runs: Sequence[Run], widths: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-    models = [mlp(widths, seed=run.seed) for run in runs]
-    return [
-        torch.stack([p.detach() for p in ps]).to(dtype) for ps in zip(*(m.parameters() for m in models), strict=True)
-    ]
+    models = [mlp(widths, seed=run.seed).requires_grad_(False) for run in runs]
+    return [torch.stack(ps).to(dtype) for ps in zip(*(model.parameters() for model in models), strict=True)]
 
 
 def forward(parameters: list[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -49,7 +45,7 @@ def losses_of(logits: Tensor, y: Tensor, smoothing: Tensor | None = None) -> Ten
 
 @torch.no_grad()
 def evaluate(parameters: list[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss [R] and accuracy [R] of every run on all of x [N, in], in blocks that stay in cache."""
+    """Loss [R] and accuracy [R] of every run on all of x [N, in], in blocks that stay in cache; NaN where N = 0."""
     n_runs, n = len(parameters[0]), len(x)
     loss, correct = torch.zeros(n_runs, dtype=x.dtype), torch.zeros(n_runs, dtype=torch.int64)
     for x_block, y_block in zip(x.split(125), y.split(125), strict=True):
@@ -128,7 +124,6 @@ def train_stack(
     evaluate_every: int,
 ) -> dict[str, np.ndarray]:
     """Train runs of one placement, control and `gate` (None: plain Adam or a relative) together; see `train`."""
-    torch.set_num_threads(1)
     x_train, y_train = data.x_train, data.y_train
     n_runs, n = len(runs), len(x_train)
     gammas, peak_rates, decays, smoothings = (
@@ -138,8 +133,7 @@ def train_stack(
     weight_decay = decays if decays.any() else None
     smoothing = smoothings.to(x_train.dtype) if smoothings.any() else None
     cosine = torch.tensor([run.schedule == "cosine" for run in runs])
-    placement, control = runs[0].placement, runs[0].control
-    relative = runs[0].gate if runs[0].gate in RELATIVES else None
+    placement, control, method = runs[0].placement, runs[0].control, runs[0].gate
     orders, shuffles = [stream(run.seed, 1) for run in runs], [stream(run.seed, 2) for run in runs]
     parameters = stacked_parameters(runs, widths, x_train.dtype)
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
@@ -170,23 +164,20 @@ def train_stack(
                 gates = controlled(gates, control, first_gates, shuffles)
                 if placement == "before":
                     gradients, gates = [g * own for g, own in zip(gradients, gates, strict=True)], None
-            if relative == "vote":
+            if method == "vote":
                 gradients = [s.sign() for a, delta in layers for s in factored_sums(a, delta, torch.sign)]
-            if relative == "vote" and placement == "after":  # signSGD: the votes are the update, without Adam
+            if method == "vote" and placement == "after":  # signSGD: the votes are the update, without Adam
                 for p, votes in zip(parameters, gradients, strict=True):
                     p.sub_(votes * align_runs(rates, p))
             else:
-                adam_step_(parameters, gradients, moments, rates, step, gates, weight_decay, relative == "cautious")
+                adam_step_(parameters, gradients, moments, rates, step, gates, weight_decay, method == "cautious")
             log["step_loss"].append(losses.detach())
             if probe_size:
-                with torch.no_grad():
-                    log["probe_loss"].append(losses_of(forward(parameters, probe[0])[1][-1], probe[1]))
-        if epoch % evaluate_every and epoch != epochs:
-            continue
-        for part, x, y in (("train", x_train, y_train), ("valid", *data[2:4]), ("test", *data[4:6])):
-            loss, accuracy = evaluate(parameters, x, y)
-            log[f"{part}_loss"].append(loss)
-            log[f"{part}_accuracy"].append(accuracy)
+                log["probe_loss"].append(losses_of(forward(parameters, probe[0])[1][-1], probe[1]))
+        if epoch % evaluate_every == 0 or epoch == epochs:
+            found = [values for k in (0, 2, 4) for values in evaluate(parameters, data[k], data[k + 1])]
+            for name, values in zip(EPOCH_CURVES, found, strict=True):
+                log[name].append(values)
 
     curves = {name: torch.stack(rows, 1).numpy() if rows else np.empty((n_runs, 0)) for name, rows in log.items()}
     fresh_loss, fresh_accuracy = evaluate(parameters, *fresh) if fresh else [torch.full((n_runs,), math.nan)] * 2

@@ -4,8 +4,6 @@ To add one, write a function whose parameters name the sums that it is made of a
 `GATES["mine"] = mine`; then `Run(..., gate="mine")` trains with it. `sgsc_study.testing.assert_gate` tries it out.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 
@@ -14,17 +12,12 @@ from torch import Tensor
 
 from sgsc_lib import power_gate
 
-
-def _nonzero(g: Tensor) -> Tensor:
-    return (g != 0).to(g.dtype)
-
-
 # Σ_i f(g_i) for each f; all are multiplicative, so that each is one matrix product. "total" is Σ_i g_i itself.
 SUMS: dict[str, Callable[[Tensor], Tensor]] = {
     "sign": torch.sign,
     "magnitude": torch.abs,
     "square": torch.square,
-    "active": _nonzero,
+    "active": lambda g: (g != 0).to(g.dtype),
 }
 
 
@@ -94,7 +87,6 @@ def and_mask_gate(sign: Tensor, *, batch_size: int, gamma: Tensor) -> Tensor:
 
 
 # A gate's parameter names say which sums it is made of ("total" or of `SUMS`), each [R, *shape]; γ is float64 [R].
-# To add one, write such a function and put it here, `GATES["mine"] = mine`: `Run(..., gate="mine")` trains with it.
 Gate = Callable[..., Tensor]
 GATES: dict[str, Gate] = {
     "sign": sign_gate,
@@ -131,23 +123,20 @@ not, like (sign, *, batch_size, gamma). Found (sign).
     if name in RELATIVES:
         raise ValueError(f"The gate {name!r} should have another name: {' and '.join(RELATIVES)} are methods of train.")
     signature = inspect.signature(gate)
-    keywords = {p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
-    if not {"batch_size", "gamma"} <= keywords:
+    if not {"batch_size", "gamma"} <= {p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}:
         raise TypeError(
             f"The gate {name!r} should have, after its sums and a `*`, the keywords `batch_size` and `gamma`, used or "
             f"not, like (sign, *, batch_size, gamma). Found {signature}."
         )
     if unknown := set(sums_of(gate)) - {"total", *SUMS}:
-        raise ValueError(
-            f"The sums of the gate {name!r} should be of {', '.join(['total', *SUMS])}. Found {', '.join(unknown)}."
-        )
+        raise ValueError(f"The sums of the gate {name!r} should be of total, {', '.join(SUMS)}. Found {unknown}.")
     for which, shape in (("a weight's", (2, 3, 4)), ("a bias's", (2, 5))):
         try:
             found = gate(*example_sums(gate, shape), batch_size=8, gamma=torch.tensor([0.5, 0.25], dtype=torch.float64))
-        except (RuntimeError, IndexError, TypeError) as error:
+        except Exception as error:
             raise ValueError(
                 f"The gate {name!r} should take sums [R, *shape], here {which} {shape}, and `gamma` [R]; "
-                f"align_runs(gamma, sum) shapes that to broadcast, sum.flatten(1) reduces any shape. Found: {error}"
+                f"align_runs(gamma, sum) shapes that to broadcast, sum.flatten(1) reduces any shape. Found: {error!r}"
             ) from error
         made = (tuple(found.shape), found.dtype) if isinstance(found, Tensor) else type(found).__name__
         if made != (shape, torch.float32):

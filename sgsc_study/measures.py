@@ -1,7 +1,5 @@
 """What is measured on runs: the smoothness of a loss curve, and the verdict on two paired arms."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 
@@ -37,7 +35,7 @@ def smoothness(loss: Any, *, window: int = 25, spike_threshold: float = 5.0) -> 
     safe = np.where(finite[..., None], loss, 1.0)
     change = np.diff(safe)
     fall = safe[..., 0] - safe[..., -1]
-    positive = np.asarray((safe > 0).all(-1))
+    positive = np.where((safe > 0).all(-1, keepdims=True), safe, np.nan)
     centred = change - change.mean(-1, keepdims=True)
     variance = (centred**2).sum(-1)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -45,7 +43,7 @@ def smoothness(loss: Any, *, window: int = 25, spike_threshold: float = 5.0) -> 
             "total_rise": np.maximum(change, 0).sum(-1),
             "upward_share": (change > 0).mean(-1),
             "normalised_total_variation": np.where(fall > 0, np.abs(change).sum(-1) / fall, np.nan),
-            "roughness": (np.diff(np.log(np.where(positive[..., None], safe, np.nan)), n=2) ** 2).mean(-1),
+            "roughness": (np.diff(np.log(positive), n=2) ** 2).mean(-1),
             "spike_count": _spikes(safe, window, spike_threshold).sum(-1).astype(float),
             "lag1_autocorrelation": (centred[..., 1:] * centred[..., :-1]).sum(-1) / variance,
         }
@@ -112,41 +110,32 @@ def compare_paired(a: Any, b: Any, *, margin: float) -> PairedComparison:
     difference, n = a - b, len(a)
     mean, deviation = float(difference.mean()), float(difference.std(ddof=1))
     half95, half90 = (float(scipy.stats.t.ppf(q, n - 1)) * deviation / math.sqrt(n) for q in (0.975, 0.95))
-    p = (
-        scipy.stats.permutation_test(
-            (difference,),
-            lambda d, axis: np.abs(d.mean(axis)),
-            permutation_type="samples",
-            vectorized=True,
-            n_resamples=9_999,
-            alternative="greater",
-            rng=np.random.default_rng(0),
-        ).pvalue
-        if difference.any()
-        else 1.0
-    )
+    how: dict[str, Any] = {"permutation_type": "samples", "n_resamples": 9_999, "alternative": "greater"}
+    how |= {"vectorized": True, "rng": np.random.default_rng(0)}
+    flips = scipy.stats.permutation_test((difference,), lambda d, axis: np.abs(d.mean(axis)), **how)
     wins, ties = int((difference > 0).sum()), int((difference == 0).sum())
     wilson = [scipy.stats.binomtest(k, n).proportion_ci(method="wilson") for k in (wins, wins + ties)]
-    varied = a.std() > 0 and b.std() > 0
+    correlation = float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else math.nan
+    effect = mean / deviation if deviation else math.copysign(math.inf, mean) if mean else 0.0
+    ends = mean - half95, mean + half95, mean - half90, mean + half90
+    greater = (wins + ties / 2) / n, float(wilson[0].low), float(wilson[1].high)
     if -margin < mean - half90 and mean + half90 < margin:
         verdict = "equivalent"
     elif abs(mean) > half95:
         verdict = "better" if mean > 0 else "worse"
     else:
         verdict = "inconclusive"
-    return PairedComparison(
-        n,
-        mean,
-        mean - half95,
-        mean + half95,
-        mean - half90,
-        mean + half90,
-        float(p),
-        (wins + ties / 2) / n,
-        float(wilson[0].low),
-        float(wilson[1].high),
-        mean / deviation if deviation else math.copysign(math.inf, mean) if mean else 0.0,
-        float(np.corrcoef(a, b)[0, 1]) if varied else math.nan,
-        margin,
-        verdict,
-    )
+    return PairedComparison(n, mean, *ends, float(flips.pvalue), *greater, effect, correlation, margin, verdict)
+
+
+def t_comparison(test: Any, *, estimate: float, n: int, reference: float = 0.0) -> dict[str, Any]:
+    """A t test of `scipy.stats` as a comparison: "better" where its 95 % interval is above `reference`, "worse" below.
+
+    Returns the fields that `sgsc_study.results.claim` takes.
+
+    >>> t_comparison(scipy.stats.ttest_1samp([1.0, 2.0, 3.0, 2.5], 0.0), estimate=2.125, n=4)["verdict"]
+    'better'
+    """
+    low, high = test.confidence_interval()
+    verdict = "better" if low > reference else "worse" if high < reference else "inconclusive"
+    return {"n": n, "mean_difference": estimate, "ci_low": low, "ci_high": high, "p": test.pvalue, "verdict": verdict}

@@ -1,7 +1,5 @@
 """How a notebook begins: its parameters and services checked, one thread, the figures' style, its folder of results."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ this module reads: "at least 4", "a multiple of 10", "may be empty". Without a w
 least 0, and text is not empty.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +12,6 @@ from contextlib import suppress
 from typing import Any
 
 KINDS = {"int": int, "float": float, "str": str, "bool": bool}
-WORDS = {"int": "an int", "float": "a finite float", "str": "a str", "bool": "a bool"}
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> Any:
@@ -45,10 +42,11 @@ def coerce(value: Any, kind: str) -> Any:
         raise ValueError(f"should be declared as {', '.join(KINDS)} or a list[...] of one. Found {kind}.")
     found = value
     if kind == "float" and type(value) in (int, str):
-        with suppress(ValueError):
+        with suppress(ValueError, OverflowError):
             value = float(value)
     if type(value) is not KINDS[kind] or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"should be {WORDS[kind]}. Found {found!r}.")
+        word = {"int": "an int", "float": "a finite float"}.get(kind, f"a {kind}")
+        raise ValueError(f"should be {word}. Found {found!r}.")
     return value
 
 
@@ -59,8 +57,8 @@ def check_bounds(value: Any, kind: str, said: str) -> None:
     Traceback (most recent call last):
     ValueError: should be ≥ 4. Found 3.
     """
-    least, multiple = re.search(r"at least (\d+)", said), re.search(r"a multiple of (\d+)", said)
-    low = float(least[1]) if least else 1 if "int" in kind and "at least" not in said else 0
+    least, multiple = re.search(r"at least (\d+(?:\.\d+)?)", said), re.search(r"a multiple of (\d+)", said)
+    low = float(least[1] if least else "int" in kind)
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, str) and not item and "empty" not in said:
             raise ValueError("should not be empty. Found ''.")
@@ -78,11 +76,10 @@ def parameter_problems(declared: Mapping[str, tuple[str, str]], values: dict[str
     """
     problems = []
     for name, value in values.items():
-        if name not in declared:
-            problems.append(f"`{name}` is not a parameter of this notebook. It has: {', '.join(declared)}.")
-            continue
-        kind, said = declared[name]
         try:
+            if name not in declared:
+                raise ValueError(f"is not a parameter of this notebook. It has: {', '.join(declared)}.")
+            kind, said = declared[name]
             values[name] = coerce(value, kind)
             check_bounds(values[name], kind, said)
         except ValueError as error:

@@ -1,7 +1,5 @@
 """Result files: written whole or not at all, read against the manifest beside them; the table of claims."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -79,10 +77,9 @@ def claim(
     """
     row = found._asdict() if hasattr(found, "_asdict") else found
     card = {"better": "contradicted", "worse": "contradicted", agrees: "confirmed"} if agrees else {}
-    verdict = card.get(row["verdict"], row["verdict"])
-    shown = {"n": row["n"], "estimate": row["mean_difference"], "ci_low": row["ci_low"], "ci_high": row["ci_high"]}
     about = {"id": identity, "claim": text, "source": source, "setting": setting, "measure": measure, "figure": figure}
-    return about | shown | {"p": row["p"], "verdict": verdict}
+    shown = {name: row[name] for name in ("n", "ci_low", "ci_high", "p")} | {"estimate": row["mean_difference"]}
+    return about | shown | {"verdict": card.get(row["verdict"], row["verdict"])}
 
 
 def write_claims(rows: Sequence[Mapping[str, Any]], folder: Path, *, notebook: str) -> pd.DataFrame:
@@ -97,16 +94,14 @@ def write_claims(rows: Sequence[Mapping[str, Any]], folder: Path, *, notebook: s
     ValueError: claims should have the columns ('id', 'claim', 'source', 'setting', 'measure', 'n', 'estimate', \
 'ci_low', 'ci_high', 'p', 'verdict', 'notebook', 'figure'). Found ('id', 'claim', 'notebook').
     """
-    own = pd.DataFrame([{**row, "notebook": notebook} for row in rows])
+    path, own = folder / "claims.csv", pd.DataFrame([{**row, "notebook": notebook} for row in rows])
     if set(own.columns) != set(CLAIM_COLUMNS):
         raise ValueError(f"claims should have the columns {CLAIM_COLUMNS}. Found {tuple(own.columns)}.")
-    path, own = folder / "claims.csv", own[list(CLAIM_COLUMNS)]
+    own = own[[*CLAIM_COLUMNS]]
     if path.exists():
         others = _read_csv(path, dtype={"id": str, "notebook": str})
         if tuple(others.columns) != CLAIM_COLUMNS:
-            raise ValueError(
-                f"{path} should have the columns {CLAIM_COLUMNS}. Found {tuple(others.columns)}: delete it."
-            )
+            raise ValueError(f"{path} should have the columns of a table of claims. Found {[*others]}: delete it.")
         own = pd.concat([others[others["notebook"] != notebook], own])
     write_table(own.sort_values("id", kind="stable"), path)
     return own[own["notebook"] == notebook]
@@ -118,9 +113,9 @@ def build_command(profile: str) -> str:
     >>> build_command("smoke").endswith("python report/build.py --profile smoke")
     True
     """
-    interpreter = Path(sys.executable)
-    own = interpreter.is_relative_to(ROOT)
-    return f"{interpreter.relative_to(ROOT) if own else 'python'} report/build.py --profile {profile}"
+    python = Path(sys.executable)
+    own = python.relative_to(ROOT) if python.is_relative_to(ROOT) else "python"
+    return f"{own} report/build.py --profile {profile}"
 
 
 def read_table(path: str | os.PathLike, *, made_by: str) -> pd.DataFrame:
@@ -168,5 +163,5 @@ def result_problem(path: Path, sha256: str) -> str:
 def _read_csv(path: Path, **options: Any) -> pd.DataFrame:
     try:
         return pd.read_csv(path, **options)
-    except (ValueError, pd.errors.EmptyDataError) as error:  # ParserError and UnicodeDecodeError are ValueErrors
+    except ValueError as error:  # an empty file's, a parser's and a decoder's error are among them
         raise ValueError(f"{path} is not a table ({error}). Delete it and rebuild it.") from error

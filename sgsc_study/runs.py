@@ -1,7 +1,5 @@
 """One training run as data, and the curves that many of them left."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 

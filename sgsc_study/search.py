@@ -4,12 +4,11 @@ A search keeps no state of its own: begun again, it asks the same questions, and
 were answered before. Its study is written down for whoever wants to look at it, and never read.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,7 +21,6 @@ from filelock import FileLock
 from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from sqlalchemy.exc import SQLAlchemyError
 
 from sgsc_lib import check
 from sgsc_study.cache import CACHE
@@ -95,14 +93,13 @@ def tune(
             scores = curves.valid_accuracy[:, -1].reshape(-1, n_seeds).mean(1)
             for (_, each, number, _), score in zip(asked, scores, strict=True):
                 each.tell(number, float(score))
-        return pd.DataFrame(
+        rows = [
             {"arm": arm, "study": k, "trial": trial.number, "seed": first_seed + 100 * k}
-            | kept[arm]
-            | trial.params
-            | {"valid_accuracy": trial.value}
+            | {**kept[arm], **trial.params, "valid_accuracy": trial.value}
             for (arm, k), each in studies.items()
             for trial in each.get_trials(deepcopy=False)
-        )
+        ]
+    return pd.DataFrame(rows)
 
 
 @contextmanager
@@ -113,20 +110,26 @@ def _storage(url: str, journal: Path) -> Iterator[BaseStorage]:
         return
     journal.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with FileLock(f"{journal}.held"):
-        journal.unlink(missing_ok=True)
+        for left in (journal, Path(f"{journal}.lock")):  # the lock is Optuna's own, of a search that was killed
+            left.unlink(missing_ok=True)
         yield JournalStorage(JournalFileBackend(str(journal)))
 
 
 def open_database(url: str) -> RDBStorage:
-    """Open the database at a URL as Optuna's storage; ValueError where it can't be.
+    """Open the database at a URL as Optuna's storage; ValueError where it can't be, without the password of the URL.
 
     >>> open_database("here")
     Traceback (most recent call last):
-    ValueError: `storage` should be empty or a database URL, like 'postgresql+psycopg://…'. Found 'here'.
+    ValueError: `storage` should be empty or a database URL, like 'postgresql+psycopg://host/name'. It has no '://'.
     """
     if "://" not in url:
-        raise ValueError(f"`storage` should be empty or a database URL, like 'postgresql+psycopg://…'. Found {url!r}.")
+        raise ValueError(
+            "`storage` should be empty or a database URL, like 'postgresql+psycopg://host/name'. It has no '://'."
+        )
     try:
         return RDBStorage(url)
-    except (SQLAlchemyError, ImportError) as error:  # the URL stays out of the message: it may hold a password
-        raise ValueError(f"`storage` should be the URL of a database that can be opened: {error}") from error
+    except Exception as error:  # of SQLAlchemy, of a driver, of Optuna
+        said = str(error)
+        for secret in re.findall(r"[^:/@]+", url.partition("://")[2].rpartition("@")[0])[1:]:
+            said = said.replace(secret, "…")
+        raise ValueError(f"`storage` should be the URL of a database that can be opened. Found: {said}") from None

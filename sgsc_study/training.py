@@ -1,7 +1,5 @@
 """Train many runs in stacks, on all cores or a cluster, from the cache where it holds them."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -60,33 +58,39 @@ def train(
     runs = list(runs)
     if not runs or not all(isinstance(run, Run) for run in runs):
         raise TypeError(f"`runs` should be a non-empty list of Run. Found {runs[:3]!r}.")
-    settings: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "widths": widths, "probe_size": probe_size}
-    settings = check_training(data, **settings)
-    settings["evaluate_every"] = min(check("evaluate_every", evaluate_every, int, low=1), epochs)
+    settings = check_training(data, epochs=epochs, batch_size=batch_size, widths=widths, probe_size=probe_size)
+    settings["evaluate_every"] = every = min(check("evaluate_every", evaluate_every, int, low=1), epochs)
     check("stack_size", stack_size, int, low=1)
     groups: dict[Any, list[int]] = {}  # a stack shares placement, control and gate; without a gate none of them matters
     for r, run in enumerate(runs):
         groups.setdefault((run.placement, run.control, run.gate) if run.gamma else None, []).append(r)
-    for name in {run.gate for run in runs if run.gamma} & GATES.keys():
-        check_gate(name, GATES[name])
+    gates = {run.gate: GATES[run.gate] for run in runs if run.gamma and run.gate in GATES}
+    for name, gate in gates.items():
+        check_gate(name, gate)
+    versions = {name: function_version(gate) for name, gate in gates.items()}
     stacks = [group[i : i + stack_size] for group in groups.values() for i in range(0, len(group), stack_size)]
 
     made_by = [sha256_of(*data), sha256_of(*fresh) if fresh else None, settings]
     tasks, keys = [], []
     for stack in stacks:
         stacked = [runs[r] for r in stack]
-        gate = GATES.get(stacked[0].gate) if stacked[0].gamma else None
-        tasks.append((stacked, data, fresh, gate, *settings.values()))
-        keys.append([*made_by, function_version(gate) if gate else None, [asdict(run) for run in stacked]])
+        name = stacked[0].gate if stacked[0].gamma else ""
+        tasks.append((stacked, data, fresh, gates.get(name), *settings.values()))
+        keys.append([*made_by, versions.get(name), [asdict(run) for run in stacked]])
     label = progress and f"{progress}, stacks of up to {stack_size} runs"
     shared: dict[str, Any] = {"n_jobs": n_jobs, "scheduler": scheduler, "progress": label}
     results = parallel(train_stack, tasks, cache=cache and Path(cache) / "runs", keys=keys, **shared)
     back = np.argsort(np.concatenate(stacks))
-    last = settings["evaluate_every"]
-    evaluated = np.unique([*range(last, epochs + 1, last), epochs])
     arrays = {name: np.concatenate([result[name] for result in results])[back] for name in results[0]}
-    curves = Curves(runs, **arrays, evaluated=evaluated)
-    _warn_of_lost_runs(curves)
+    curves = Curves(runs, **arrays, evaluated=np.unique([*range(every, epochs + 1, every), epochs]))
+    for name, gate in gates.items():
+        lost = [r.gate for r, loss in zip(runs, curves.train_loss, strict=True) if not np.isfinite(loss).all()]
+        if name in lost and getattr(gate, "__module__", "") != "sgsc_study.gates":  # of those it is the learning rate
+            warnings.warn(
+                f"The loss of {lost.count(name)} runs with the gate {name!r} is not finite: the gate makes NaN or "
+                "infinity of some sums, or the learning rate is too high.",
+                stacklevel=2,
+            )
     return curves
 
 
@@ -112,14 +116,3 @@ def check_training(
         "widths": widths,
         "probe_size": check("probe_size", probe_size, int, low=0, high=len(data.x_train)),
     }
-
-
-def _warn_of_lost_runs(curves: Curves) -> None:
-    lost = [run for run, loss in zip(curves.runs, curves.train_loss, strict=True) if not np.isfinite(loss).all()]
-    for name in {run.gate for run in lost if run.gamma} & GATES.keys():
-        if getattr(GATES[name], "__module__", "") != "sgsc_study.gates":  # of a tested gate it is the learning rate
-            warnings.warn(
-                f"The loss of {sum(run.gate == name for run in lost)} runs with the gate {name!r} is not finite: the "
-                "gate makes NaN or infinity of some sums, or the learning rate is too high.",
-                stacklevel=3,
-            )

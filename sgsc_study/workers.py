@@ -1,7 +1,5 @@
 """Where work is done: processes on this machine or a Dask cluster, and whether they compute the same bits."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -20,11 +18,31 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from sgsc_study.cache import cached, code_version, function_version
+from sgsc_study.cache import cached, code_version
 from sgsc_study.data import Dataset
 from sgsc_study.engine import stream, train_stack
 from sgsc_study.gates import sign_gate
 from sgsc_study.runs import Run
+
+CODE = code_version("sgsc_study.engine")  # as it is when this process loads it, whatever is edited later
+
+
+def settle() -> None:
+    """One thread and float32 for all that follows: more threads add up in another order."""
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float32)
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """A block that is `settle`d, after which all is as before."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    settle()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
 
 
 def engine_version() -> list[str]:
@@ -33,10 +51,11 @@ def engine_version() -> list[str]:
     >>> engine_version()[1] == torch.__version__
     True
     """
-    return [code_version("sgsc_study.engine"), torch.__version__, arithmetic()]
+    return [CODE, torch.__version__, arithmetic()]
 
 
 @lru_cache
+@settled()
 def arithmetic() -> str:
     """Fingerprint of how this process rounds: where two differ, the same runs end in other bits.
 
@@ -47,16 +66,12 @@ def arithmetic() -> str:
     >>> len(arithmetic())
     12
     """
-    threads = torch.get_num_threads()
-    x, y = torch.randn(512, 40, dtype=torch.float32, generator=stream(0, 1)), torch.arange(512) % 10
+    x, y = torch.randn(512, 40, generator=stream(0, 1)), torch.arange(512) % 10
     runs = [Run(seed, lr=0.01, gamma=0.25) for seed in range(8)]
     settings: dict[str, Any] = {"epochs": 1, "batch_size": 128, "widths": (40, 128, 128, 10), "probe_size": 0}
-    try:
-        shown = train_stack(runs, Dataset(*(x, y) * 3), None, sign_gate, evaluate_every=1, **settings)
-        kernels = torch.randn(25, 25, 3, dtype=torch.float32, generator=stream(1, 1))
-        shown["convolution"] = F.conv1d(x[:500].view(20, 25, 40), kernels, stride=2, padding=1).numpy()
-    finally:
-        torch.set_num_threads(threads)
+    shown = train_stack(runs, Dataset(*(x, y) * 3), None, sign_gate, evaluate_every=1, **settings)
+    kernels = torch.randn(25, 25, 3, generator=stream(1, 1))
+    shown["convolution"] = F.conv1d(x[:500].view(20, 25, 40), kernels, stride=2, padding=1).numpy()
     for kind in (np.float32, np.float64):
         numbers = np.linspace(0.01, 9, 1000, dtype=kind)
         shown |= {f"{f.__name__} {numbers.dtype}": f(numbers) for f in (np.log, np.exp)}
@@ -67,13 +82,14 @@ def arithmetic() -> str:
 
 
 def by_same_engine(version: list[str], function: Callable[..., Any], *given: Any) -> Any:
-    """Return `function(*given)`, or raise RuntimeError where this process has not that `engine_version`.
+    """Return `function(*given)`, `settle`d, or raise RuntimeError where this process has not that `engine_version`.
 
     A worker on another machine may have other code, another torch, or a processor that rounds otherwise.
 
     >>> by_same_engine(engine_version(), abs, -1)
     1
     """
+    settle()  # before the fingerprint, which restores what it finds: on a cluster another task may be running beside
     if version != engine_version():
         raise RuntimeError(
             "A worker should have the code, the torch and the arithmetic of the process that calls it, "
@@ -83,6 +99,7 @@ def by_same_engine(version: list[str], function: Callable[..., Any], *given: Any
     return function(*given)
 
 
+@settled()
 def parallel(
     function: Callable[..., Any],
     tasks: Sequence[tuple],
@@ -95,9 +112,9 @@ def parallel(
 ) -> list[Any]:
     """`[function(*task) for task in tasks]`, on `n_jobs` processes (-1: one a core) or a Dask cluster's workers.
 
-    With `cache`, a folder, a result is read from it where the same code computed it before from the same of `keys`,
-    one for each task, that json can write (left out: the tasks themselves). `progress` is a label under which tasks
-    done and time left are printed to stderr.
+    A task has one thread, and float32 as torch's default. With `cache`, a folder, a result is read from it where the
+    same code computed it before from the same of `keys`, one for each task, that json can write (left out: the tasks
+    themselves). `progress` is a label under which tasks done and time left are printed to stderr.
 
     >>> parallel(divmod, [(7, 2), (9, 4)], n_jobs=1)
     [(3, 1), (2, 1)]
@@ -105,19 +122,12 @@ def parallel(
     engine = engine_version()
     jobs = [partial(by_same_engine, engine, function, *task) for task in tasks]
     if cache is not None:
-        told = [json.dumps([function_version(function), engine, key]) for key in keys or tasks]
+        made_by = [function.__module__, function.__qualname__, code_version(function.__module__), engine]
+        told = [json.dumps([*made_by, key]) for key in keys or tasks]
         jobs = [partial(cached, Path(cache), key, job) for key, job in zip(told, jobs, strict=True)]
-    threads = torch.get_num_threads()
-    try:
-        with on_workers(scheduler, n_jobs, len(tasks)):
-            done = joblib.Parallel(return_as="generator")(map(joblib.delayed(_call), jobs))
-            return list(with_progress(done, len(tasks), progress))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _call(job: Callable[[], Any]) -> Any:
-    return job()
+    with on_workers(scheduler, n_jobs, len(tasks)):
+        done = joblib.Parallel(return_as="generator")(joblib.delayed(job)() for job in jobs)
+        return list(with_progress(done, len(tasks), progress))
 
 
 @contextmanager
@@ -130,7 +140,7 @@ def on_workers(scheduler: str, n_jobs: int, n_tasks: int) -> Iterator[None]:
     """
     if not scheduler:
         own = {"initializer": end_with, "initargs": (os.getpid(),)}
-        with joblib.parallel_config("loky", n_jobs=min(joblib.effective_n_jobs(n_jobs), n_tasks), **own):
+        with joblib.parallel_config("loky", n_jobs=min(joblib.effective_n_jobs(n_jobs), max(n_tasks, 1)), **own):
             yield
         return
     from distributed import Client  # only a cluster needs it

@@ -1,0 +1,100 @@
+"""The findings: sentences that a person wrote for the committed results, and the guard that keeps them honest.
+
+report/findings.md.j2 is the text. Each of its sentences names the claims that it rests on and the verdicts that it
+assumes; where a claim no longer says so, the build fails and names the sentence. Numbers come from claims.csv alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from bs4 import BeautifulSoup
+from manifest import BuildError, minutes
+
+from sgsc_study.cache import ROOT
+from sgsc_study.figures import with_interval
+from sgsc_study.results import write_text
+
+TEMPLATE, FIGURE = "report/findings.md.j2", "report/findings.svg"  # from the project's root
+
+
+def shown(claim: Mapping[str, Any]) -> str:
+    """A claim's estimate and 95 % interval in the unit that a reader thinks in."""
+    values, measure = [claim["estimate"], claim["ci_low"], claim["ci_high"]], claim["measure"]
+    pattern, unit = "{:.2f}", ""
+    if "accuracy" in measure:
+        pattern, unit, values = "{:+.2f}", " points", [100 * value for value in values]
+    elif "smoothness (-log roughness)" in measure:  # more is smoother there; a reader wants the factor of roughness
+        pattern, values = "× {:.2f}", [math.exp(-values[k]) for k in (0, 2, 1)]
+    elif "log roughness" in measure:
+        pattern, values = "× {:.2f}", [math.exp(value) for value in values]
+    elif "log10" in measure:
+        pattern, values = "× {:.2f}", [10**value for value in values]
+    elif "total rise" in measure:
+        pattern, unit, values = "{:+.3f}", " nats", [-values[k] for k in (0, 2, 1)]
+    estimate, _, interval = with_interval(pattern, *values).partition(" [")
+    text = f"{estimate}{unit} [{interval}".replace("[× ", "[").replace(", × ", ", ")
+    return re.sub(r"(?<=×) |(?<=\d,) (?=[\d+−])", "\N{NO-BREAK SPACE}", re.sub(r"-(?=\d)", "−", text))
+
+
+def findings(results: Path) -> str:
+    """Markdown: the findings of the claims in a folder of results; BuildError names a sentence that no longer holds."""
+    claims = pd.read_csv(results / "claims.csv").set_index("id", drop=False).to_dict("index")
+
+    def given(verdicts: Mapping[str, str], caller: Callable[[], str]) -> str:
+        sentence = " ".join(caller().strip().splitlines())
+        for identity, verdict in verdicts.items():
+            if (found := claims[identity]["verdict"]) != verdict:
+                raise BuildError(f"{TEMPLATE} assumes that {identity} is {verdict}. Found {found}. Rewrite: {sentence}")
+        return sentence
+
+    def cell(identity: str) -> str:
+        return f"**{claims[identity]['verdict']}** {shown(claims[identity])}"
+
+    source = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
+    text = source.from_string((ROOT / TEMPLATE).read_text(encoding="utf-8"))
+    numbers = {identity: shown(claim) for identity, claim in claims.items()}
+    try:
+        return text.render(given=given, cell=cell, shown=numbers, claims=claims).strip()
+    except (KeyError, jinja2.UndefinedError) as error:
+        raise BuildError(f"{TEMPLATE} names a claim that {results}/claims.csv does not have: {error}") from None
+
+
+def readme(text: str, manifest: dict[str, Any], said: str, page: str) -> tuple[str, str]:
+    """The README with the findings and the time they took between its marks, and its figure, the page's first.
+
+    `said` are the `findings`, `page` is the page's HTML.
+    """
+    image = BeautifulSoup(page, "html.parser").select_one("#fig-findings img")
+    if image is None:
+        raise BuildError("the findings have no figure: a notebook should make one with the label `findings`.")
+    svg = base64.b64decode(image["src"].partition(",")[2]).decode()
+    svg = re.sub(r"(<svg[^>]*>)", r'\1<rect width="100%" height="100%" fill="white"/>', svg, count=1)  # on a dark page
+    picture = f'<img src="{FIGURE}" alt="{html.escape(image["alt"])}">'
+    training = [entry["training"] for entry in manifest["notebooks"].values()]
+    machines = " and ".join(sorted({trained["machine"] for trained in training}))
+    took = minutes(sum(trained["seconds"] for trained in training))
+    for name, content in {
+        "findings": said.replace("\n\n|", f"\n\n{picture}\n\n|", 1),  # before the table
+        "time": f"With an empty cache, the notebooks of `make report` took {took} in all on {machines}.",
+    }.items():
+        marked = re.compile(f"(<!-- {name}: .*? -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not marked.search(text):
+            raise BuildError(f"README.md should have <!-- {name}: ... --> and <!-- /{name} --> on lines of their own.")
+        text = marked.sub(lambda marks, content=content: f"{marks[1]}{content}\n{marks[2]}", text, count=1)
+    return text, svg
+
+
+def update_readme(root: Path, manifest: dict[str, Any], said: str, page: str) -> None:
+    """Put what the results say into the README and its figure."""
+    text, svg = readme((root / "README.md").read_text(encoding="utf-8"), manifest, said, page)
+    write_text(text, root / "README.md")
+    write_text(svg, root / FIGURE)

@@ -1,0 +1,58 @@
+"""What the tests of `sgsc_study` share: data, runs of every kind, short trainings and searches, tables of mistakes."""
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+from optuna.distributions import FloatDistribution
+
+from sgsc_study import Curves, Dataset, Run, load_mnist1d, train, tune
+from sgsc_study.runs import EPOCH_CURVES
+
+DATA = load_mnist1d()
+SMALL = Dataset(*(part[:96] for part in DATA))
+DOUBLE = Dataset(*(part.double() if part.is_floating_point() else part for part in SMALL))
+FRESH = SMALL.x_test, SMALL.y_test
+
+RATES, PLACES = [(0, 0.003), (1, 0.02)], [(0.0, "before"), (0.3, "before"), (0.3, "after")]
+RUNS = [Run(*rate, *place) for rate, place in itertools.product(RATES, PLACES)]
+CONTROLLED = [Run(0, 0.01, 0.5, p, c) for p in ("before", "after") for c in ("permuted", "layer-mean", "frozen")]
+OTHERS = ("active", "magnitude", "snr", "and-mask")  # the gates beside SGSC's
+RELATED = [Run(0, 0.01, 0.4, p, gate=g) for p in ("before", "after") for g in OTHERS]
+RELATED += [Run(0, 0.003, 1.0, p, gate="vote") for p in ("before", "after")]
+RELATED += [Run(0, 0.01, 1.0, "after", gate="cautious"), Run(0, 0.01, schedule="cosine")]
+RELATED += [Run(0, 0.01, weight_decay=0.3), Run(0, 0.01, label_smoothing=0.2)]
+RELATED += [Run(0, 0.05, 0.5, "after", schedule="cosine", label_smoothing=0.1)]
+SHORT = {"epochs": 2, "batch_size": 40, "widths": (40, 24, 10), "probe_size": 8}
+
+
+def shortly(runs: list[Run], data: Dataset = SMALL, **settings) -> Curves:
+    """Train for two epochs, in this process."""
+    return train(runs, data, **{"n_jobs": 1, **SHORT, **settings})
+
+
+def assert_same(found: Curves, expected: Curves, rows: slice = slice(None)) -> None:
+    """The same bits in every curve, NaNs included, as in these rows of what is expected."""
+    for name in ("step_loss", "probe_loss", *EPOCH_CURVES, "fresh_loss", "fresh_accuracy"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name)[rows], name)
+
+
+SPACE = {"lr": FloatDistribution(1e-3, 1e-1, log=True), "gamma": FloatDistribution(0.0, 2.0), "placement": "after"}
+TRAINED = {"epochs": 1, "batch_size": 40, "widths": (40, 10), "n_jobs": 1}
+SEARCH = {"study": "test", "n_studies": 2, "n_trials": 7, "ask_batch": 3, **TRAINED}
+
+
+def search(cache, data: Dataset = SMALL, arms: dict | None = None, **changes) -> pd.DataFrame:
+    """Search two arms, two studies each, of seven trials."""
+    return tune(arms or {"Adam": {"lr": SPACE["lr"]}, "after": SPACE}, data, cache=cache, **SEARCH | changes)
+
+
+def nobody_trains(*_, **__):
+    """In the place of torch.autograd.grad it fails whoever trains."""
+    raise AssertionError("something was trained")
+
+
+def mistakes(table: dict[type, dict[str, list]]) -> Iterator[tuple[type, str, object]]:
+    """(error, name, value) of {error: {name: values}}."""
+    return ((error, name, value) for error, bad in table.items() for name, values in bad.items() for value in values)

@@ -1,0 +1,139 @@
+"""The engine: a stack computes, bit for bit, what each run computes alone, and what torch computes by other means."""
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from study_inputs import CONTROLLED, DOUBLE, FRESH, RELATED, RUNS, SHORT, assert_same, shortly
+from test_gates import DEFINITIONS
+
+from sgsc_lib import SGSC, mlp, per_sample_gradients
+from sgsc_study import Run
+from sgsc_study.engine import adam_step_, controlled, evaluate, stream
+
+X, Y = DOUBLE.x_train, DOUBLE.y_train
+
+
+def test_a_run_is_the_same_alone_and_in_any_stack():
+    every = RUNS + CONTROLLED + RELATED
+    together = shortly(every, fresh=FRESH, stack_size=5)
+    assert_same(shortly(every[::-1], fresh=FRESH, stack_size=3, n_jobs=2), together, slice(None, None, -1))
+    for r, run in enumerate(every):
+        assert_same(shortly([run], fresh=FRESH), together, slice(r, r + 1))
+
+
+def test_a_diverging_run_keeps_its_nans_and_does_not_disturb_its_neighbours():
+    quiet, wild = Run(0, 0.01, 0.25), Run(1, 1e30, 0.25)
+    both = shortly([quiet, wild])
+    assert not np.isfinite(both.train_loss[1, -1]) and np.isfinite(both.train_loss[0]).all()
+    assert_same(shortly([quiet]), both, slice(1))
+
+
+def batches(run: Run, epochs: int = 3):
+    order = stream(run.seed, 1)
+    return (rows for _ in range(epochs) for rows in torch.randperm(len(X), generator=order).split(SHORT["batch_size"]))
+
+
+def by_hand(run: Run) -> list[float]:
+    """The same run with torch's own modules, torch.optim.Adam and SGSC: the loss of every step."""
+    model, losses = mlp(SHORT["widths"], seed=run.seed).double(), []
+    optimizer, sgsc = torch.optim.Adam(model.parameters(), lr=run.lr), SGSC(model, run.gamma)
+    for rows in batches(run):
+        optimizer.zero_grad()
+        losses.append(F.cross_entropy(model(X[rows]), Y[rows]))
+        losses[-1].backward()
+        if run.placement == "before":
+            sgsc.scale_gradients_()
+            optimizer.step()
+        else:
+            with sgsc.scaled_update():
+                optimizer.step()
+    return [loss.item() for loss in losses]
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_training_equals_torchs_modules_and_optimiser_in_float64(run):
+    np.testing.assert_allclose(shortly([run], DOUBLE, epochs=3).step_loss[0], by_hand(run), rtol=1e-9)
+
+
+def by_reference(run: Run) -> list[float]:
+    """A run from per-sample gradients, torch.optim.AdamW and torch's scheduler: the loss of every step."""
+    model, losses = mlp(SHORT["widths"], seed=run.seed).double(), []
+    parameters, steps = list(model.parameters()), 3 * math.ceil(len(X) / SHORT["batch_size"])
+    optimizer = torch.optim.AdamW(parameters, lr=run.lr, weight_decay=run.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    smoothed = functools.partial(F.cross_entropy, label_smoothing=run.label_smoothing)
+    for rows in batches(run):
+        losses.append(smoothed(model(X[rows]), Y[rows]).item())
+        per_sample = list(per_sample_gradients(model, X[rows], Y[rows], smoothed).values())
+        before = [p.detach().clone() for p in parameters]
+        gated = [DEFINITIONS[run.gate](g, run.gamma) for g in per_sample] if run.gate in DEFINITIONS else None
+        for k, (p, g) in enumerate(zip(parameters, per_sample, strict=True)):
+            p.grad = g.sign().mean(0).sign() if run.gate == "vote" else g.mean(0)
+            if gated and run.placement == "before":
+                p.grad *= gated[k]
+        optimizer.step()
+        for k, (p, old) in enumerate(zip(parameters, before, strict=True)):
+            update = p.detach() - old
+            if gated and run.placement == "after":
+                update *= gated[k]
+            if run.gate == "cautious":
+                agrees = (update * p.grad < 0).double()
+                update *= agrees / agrees.mean().clamp(min=1e-3)
+            if run.gate == "vote" and run.placement == "after":
+                update = -optimizer.param_groups[0]["lr"] * p.grad
+            p.data = old + update
+        if run.schedule == "cosine":
+            schedule.step()
+    return losses
+
+
+@pytest.mark.parametrize("run", RELATED, ids=str)
+def test_every_relative_and_remedy_trains_as_torch_does_it_from_per_sample_gradients(run):
+    found, tolerance = shortly([run], DOUBLE, epochs=3).step_loss[0], 1e-6 if run.gate == "snr" else 1e-8
+    np.testing.assert_allclose(found, by_reference(run), rtol=tolerance)
+
+
+def test_gamma_zero_is_plain_adam_bit_for_bit():
+    mixed = shortly([Run(0, 0.01, 0.0, "after", "frozen", "active"), Run(0, 0.01, 0.5, "after")])
+    assert_same(shortly([Run(0, 0.01)]), mixed, slice(1))
+    assert not np.array_equal(mixed.step_loss[0], mixed.step_loss[1])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_our_adam_is_torchs_adam_bit_for_bit(decay):
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(1, 7, 5, generator=generator)
+    theirs, moments = p[0].clone().requires_grad_(), [(torch.zeros_like(p), torch.zeros_like(p))]
+    optimizer = torch.optim.AdamW([theirs], lr=0.0123, weight_decay=decay)
+    rate, decays = torch.tensor([[0.0123], [decay]], dtype=torch.float64)
+    for step in range(1, 51):
+        g = torch.randn(1, 7, 5, generator=generator) * 10.0 ** (step % 7 - 5)
+        theirs.grad = g[0].clone()
+        optimizer.step()
+        adam_step_([p], [g], moments, rate, step, weight_decay=decays if decay else None)
+        assert torch.equal(p[0], theirs)
+
+
+def test_layer_mean_and_permuted_controls_keep_the_mean_gate_and_frozen_keeps_the_first():
+    gate = torch.rand(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    generators, first = [torch.Generator().manual_seed(s) for s in (1, 2)], [torch.ones_like(gate)]
+    (mean,) = controlled([gate], "layer-mean", None, generators)
+    (permuted,), (again,) = (controlled([gate], "permuted", None, generators) for _ in range(2))
+    torch.testing.assert_close(mean[1], gate[1].mean().expand(6, 4))
+    assert torch.equal(permuted.flatten(1).sort().values, gate.flatten(1).sort().values)
+    assert not torch.equal(permuted, gate) and not torch.equal(permuted, again)  # afresh each step
+    assert controlled([gate], "frozen", first, generators) is first
+
+
+def test_evaluation_is_torchs_loss_and_accuracy_on_all_rows_and_the_probe_that_after_each_step():
+    model = mlp(SHORT["widths"], seed=5)
+    x, y = torch.randn(300, 40, generator=torch.Generator().manual_seed(0)), torch.arange(300) % 10
+    loss, accuracy = evaluate([p.detach().unsqueeze(0) for p in model.parameters()], x, y)
+    assert loss.item() == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-5)
+    assert accuracy.item() == pytest.approx((model(x).argmax(1) == y).float().mean().item())
+    curves = shortly([Run(0, 0.01)], probe_size=96, batch_size=96)  # a step is an epoch here
+    np.testing.assert_allclose(curves.probe_loss, curves.train_loss, rtol=1e-5)

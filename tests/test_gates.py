@@ -1,0 +1,87 @@
+"""The gates: each is its paper's definition on per-sample gradients; what is no gate is refused."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sgsc_lib import factored_sums, mlp, per_sample_gradients
+from sgsc_study import GATES, RELATIVES, align_runs
+from sgsc_study.engine import forward, losses_of
+from sgsc_study.gates import SUMS, check_gate, example_sums, sums_of
+
+# Each gate from per-sample gradients g [B, *shape] as its paper has it: no factors, no sums.
+DEFINITIONS = {
+    "sign": lambda g, gamma: g.sign().mean(0).abs() ** gamma,
+    "active": lambda g, gamma: (g.sign().sum(0).abs() / (g != 0).sum(0)).nan_to_num(0) ** gamma,
+    "magnitude": lambda g, gamma: (g.mean(0).abs() / g.abs().mean(0)).nan_to_num(0) ** gamma,
+    "snr": lambda g, gamma: (1 / (1 + g.var(0, correction=0) / g.mean(0) ** 2)).nan_to_num(0) ** gamma,
+    "and-mask": lambda g, gamma: (mask := (g.sign().mean(0).abs() >= gamma).to(g.dtype)) / (mask.mean() + 1e-10),
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 9), st.lists(st.integers(1, 7), min_size=2, max_size=4))
+@pytest.mark.parametrize("name", GATES)
+def test_each_gate_is_its_definition_on_per_sample_gradients(name, seed, batch_size, widths):
+    draw = torch.Generator().manual_seed(seed)
+    model, gate = mlp(widths, seed=seed).double(), GATES[name]
+    x = torch.randn(batch_size, widths[0], generator=draw, dtype=torch.float64)
+    y = torch.randint(widths[-1], (batch_size,), generator=draw)
+    gamma = 0.25 + torch.rand((), generator=draw, dtype=torch.float64) / 2
+    inputs, outputs = forward([p.detach().unsqueeze(0) for p in model.parameters()], x.unsqueeze(0))
+    errors = torch.autograd.grad(losses_of(outputs[-1], y.unsqueeze(0)).sum(), outputs)
+    sums, found = {"total": lambda t: t, **SUMS}, []
+    for a, delta in zip(inputs, errors, strict=True):
+        for tensors in zip(*(factored_sums(a, delta, sums[kind]) for kind in sums_of(gate)), strict=True):
+            found.append(gate(*tensors, batch_size=batch_size, gamma=gamma.view(1))[0])
+    for made, g in zip(found, per_sample_gradients(model, x, y).values(), strict=True):
+        # where the mean gradient is a rounding error of zero, two ways round differently
+        settled = (g.mean(0).abs() > 1e-12 * g.abs().mean(0)) | (g.abs().amax(0) == 0) | (name == "and-mask")
+        expected = DEFINITIONS[name](g, gamma)
+        torch.testing.assert_close(made[settled], expected[settled], rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_the_studys_gates_are_gates_and_keep_the_runs_apart(name):
+    check_gate(name, GATES[name])
+    gamma, sums = torch.tensor([0.25, 0.5], dtype=torch.float64), example_sums(GATES[name], (2, 3, 4))
+    alone = [GATES[name](*(s[r : r + 1] for s in sums), batch_size=8, gamma=gamma[r : r + 1]) for r in range(2)]
+    assert torch.equal(GATES[name](*sums, batch_size=8, gamma=gamma), torch.cat(alone))
+
+
+def test_values_of_runs_are_aligned_to_any_shape():
+    for like in (torch.ones(2), torch.ones(2, 3), torch.ones(2, 3, 4)):
+        made = align_runs(torch.tensor([1.0, 2.0], dtype=torch.float64), like) * like
+        assert torch.equal(made, torch.stack([like[0], 2 * like[0]]))
+
+
+def broken(sign, *, batch_size, gamma):
+    raise KeyError("it has a mistake in it")
+
+
+NO_SIGNATURES = [lambda sign, *, batch_size: sign, lambda sign, batch_size, gamma: sign]
+NO_GATES = [
+    lambda cube, *, batch_size, gamma: cube,
+    lambda sign, *, batch_size, gamma: sign.mean(),
+    lambda sign, *, batch_size, gamma: 1.0,
+    lambda sign, *, batch_size, gamma: sign.double(),
+    lambda sign, *, batch_size, gamma: sign * gamma,
+    lambda sign, *, batch_size, gamma: sign.abs() * sign.abs().mean((1, 2), keepdim=True),
+    lambda sign, *, batch_size, gamma: sign.abs() ** float(gamma),
+    lambda sign, *, batch_size, gamma: sign * math.nan,
+    lambda active, *, batch_size, gamma: 1 / active,
+    lambda sign, *, batch_size, gamma: (sign / batch_size) ** 0.5,
+    broken,
+]
+
+
+def test_what_is_no_gate_is_refused_by_its_name():
+    for gate in NO_SIGNATURES:
+        with pytest.raises(TypeError, match="'mine'"):
+            check_gate("mine", gate)
+    for name, gate in [*(("mine", gate) for gate in NO_GATES), *((name, GATES["sign"]) for name in RELATIVES)]:
+        with pytest.raises(ValueError, match=f"'{name}'"):
+            check_gate(name, gate)

@@ -1,0 +1,68 @@
+"""A notebook's parameters: types, bounds and declarations."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sgsc_study.parameters import check_bounds, check_choice, coerce, declarations, parameter_problems
+
+
+@given(st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.text()))
+def test_a_value_of_the_declared_type_stays_as_it_is(value):
+    kind = type(value).__name__
+    assert coerce(value, kind) is value and coerce([value], f"list[{kind}]") == [value]
+
+
+@pytest.mark.parametrize(("value", "expected"), [("1e-3", 0.001), (2, 2.0), ("7", 7.0)])
+def test_what_reads_as_a_float_becomes_one(value, expected):
+    found = coerce(value, "float")
+    assert type(found) is float and found == expected == coerce([value], "list[float]")[0]
+
+
+OTHER = {"int": [1.0, "1", True, None], "float": ["fast", True, "nan", math.inf, 10**400], "bool": [1], "str": [1]}
+OTHER |= {"list[int]": [[], 1, "[1]", (1, 2), [1, "2"]], "complex": [1], "list": [[1]], "list[complex]": [[1]]}
+
+
+@pytest.mark.parametrize(("kind", "value"), [(kind, value) for kind, values in OTHER.items() for value in values])
+def test_another_type_is_refused(kind, value):
+    with pytest.raises(ValueError, match="should be"):
+        coerce(value, kind)
+
+
+BOUNDS = [  # type, help, what is within the bounds, what is not
+    ("int", "", [1, 9], [0, -1]),
+    ("int", "epochs, at least 4; those of the evaluation", [4], [3]),
+    ("int", "at least 0, a multiple of 10", [0, 30], [15]),
+    ("float", "", [0.0, 1e-9], [-1e-9]),
+    ("float", "at least 0.5.", [0.5], [0.4]),
+    ("str", "a folder", ["there"], [""]),
+    ("str", "a URL; empty: a file", ["", "there"], []),
+    ("bool", "", [True, False], []),
+    ("list[int]", "each at least 2", [[2, 3]], [[2, 1]]),
+]
+
+
+@pytest.mark.parametrize(("kind", "said", "within", "beyond"), BOUNDS)
+def test_bounds_are_those_that_the_help_says(kind, said, within, beyond):
+    for value in within:
+        check_bounds(value, kind, said)
+    for value in beyond:
+        with pytest.raises(ValueError):
+            check_bounds(value, kind, said)
+
+
+def test_every_problem_is_told_by_name_and_the_rest_is_coerced():
+    cell = '# None: here\nepochs: int = 9  # at least 4\nlr: float = 1.0\nname: str = "a # b"  # a folder\nx = 1'
+    declared = {"epochs": ("int", "at least 4"), "lr": ("float", ""), "name": ("str", "a folder")}
+    assert declarations(cell) == declared and declarations("x = 1") == {}
+    values = {"epochs": 3, "lr": "1e-2", "name": "", "epoch": 5}
+    problems = parameter_problems(declared, values)
+    assert [text.split("`")[1] for text in problems] == ["epochs", "name", "epoch"] and values["lr"] == 0.01
+
+
+def test_a_choice_is_one_of_a_few():
+    assert check_choice("placement", "after", ("before", "after")) == "after"
+    with pytest.raises(ValueError, match="`placement`"):
+        check_choice("placement", "during", ("before", "after"))

@@ -1,0 +1,107 @@
+"""report/plan.py: what a profile may say, checked by the parameters cells before anything runs."""
+
+import build
+import pytest
+from conftest import code, parameters, write_notebook, write_profile
+from manifest import BuildError
+from plan import Place, read_profile
+
+PARAMETERS = parameters(
+    'results: str = "elsewhere"  # folder for the raw results\n'
+    "n_seeds: int = 3  # how many, at least 3\n"
+    "samples: list[int] = [10]  # sizes, each a multiple of 10\n"
+    "lr: float = 0.1\n"
+    "rates: list[float] = [0.1]\n"
+    'arm: str = "adam"\n'
+    'storage: str = ""  # may be empty\n'
+    "shuffle: bool = True\n"
+    "odd: dict = {}"
+)
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Read the profile `toy`, given as text or bytes, of a repository with one notebook."""
+    write_notebook(tmp_path / "notebooks" / "01_one.ipynb", "# One", PARAMETERS)
+
+    def read(text: str | bytes, name: str = "toy"):
+        write_profile(tmp_path, text, name)
+        return read_profile(Place(name, tmp_path))
+
+    return read
+
+
+@pytest.mark.parametrize("given", [
+    "n_seed: 3", "n_seeds: many", "n_seeds: 3.0", "n_seeds: '3'", "n_seeds: true", "n_seeds:", "n_seeds: 2",
+    "samples: 10", "samples: []", "samples: [10, 15]", "samples: [10, ten]", "samples: [0]", "lr: .nan", "lr: .inf",
+    "lr: 'nan'", "lr: true", "lr: [0.1]", "lr: -0.1", "rates: 0.1", "rates: [0.1, fast]", "rates: [0.1, -1]", "arm: ''",
+    "arm: 3", "arm: 2026-11-01", "arm: '{folder}/a.csv'", "shuffle: 1", "odd: {}", "results: here", "results: ''",
+    "results:", "3: 4",
+])  # fmt: skip
+def test_a_wrong_parameter_is_refused_by_name(read, given):
+    with pytest.raises(BuildError, match=rf"toy\.yaml, 01_one: `{given.partition(':')[0]}`") as refused:
+        read(f"01_one: {{storage: '', {given}}}")
+    assert "`storage`" not in str(refused.value)
+
+
+def test_values_arrive_as_their_declared_types(read):
+    plan = read("01_one: {n_seeds: 3, lr: 1e-3, rates: [1, 1e-2, 0.5], arm: sgsc, storage: '', shuffle: no}\n")
+    values = {"n_seeds": 3, "lr": 0.001, "rates": [1.0, 0.01, 0.5], "arm": "sgsc", "storage": "", "shuffle": False}
+    assert plan == {"01_one": values | {"results": "report/results/toy"}} and type(plan["01_one"]["rates"][0]) is float
+
+
+def test_a_copied_profile_reads_its_own_results_and_not_the_first_ones(read):
+    for name in ("toy", "mine"):
+        plan = read("01_one: {arm: '{results}/tuned.csv'}", name)
+        folder = f"report/results/{name}"
+        assert plan == {"01_one": {"arm": f"{folder}/tuned.csv", "results": folder}}
+
+
+def test_all_that_is_wrong_is_told_at_once_and_nothing_runs(read, tmp_path, capsys):
+    with pytest.raises(BuildError) as refused:
+        read("01_one: {n_seeds: many, arm: 1}\n02_two: {n: 1}\n3: 4")
+    assert all(name in str(refused.value) for name in ("`n_seeds`", "`arm`", "02_two", "3", "01_one"))
+    assert build.main(["--profile", "toy"], tmp_path) == 1 and "`n_seeds`" in capsys.readouterr().err
+    assert not (tmp_path / "report" / "executed").exists()
+
+
+@pytest.mark.parametrize("text", [
+    b"", b"- 01_one", b"01_one: 3", b"01_one: [n_seeds]", b"01_one: {n_seeds: ", b"01_one:\n01_one:", b"? [1, 2]\n: 3",
+    b"01_one: {lr: 0.1, n_seeds: 3, lr: 0.2}", b"01_one: {n_seeds: 010}", b"01_one: {n_seeds: 0x10}",
+    b"01_one: {n_seeds: 1:30}", "01_one: {arm: Müller}".encode("latin-1"), "01_one:".encode("utf-16"),
+])  # fmt: skip
+def test_a_profile_that_yaml_would_misread_is_refused_by_name_and_listed_nowhere(read, tmp_path, capsys, text):
+    with pytest.raises(BuildError, match=r"report/profiles/toy\.yaml"):
+        read(text)
+    assert build.main(["--list"], tmp_path) == 1
+    listed = capsys.readouterr()
+    assert "report/profiles/toy.yaml" in listed.err and not listed.out
+
+
+def test_a_notebook_that_cannot_be_read_or_has_no_parameters_cell_is_refused_by_name(read, tmp_path):
+    path = write_notebook(tmp_path / "notebooks" / "01_one.ipynb", "# One", code("n: int = 1"))
+    with pytest.raises(BuildError, match=r"01_one.*`parameters`"):
+        read("01_one:")
+    whole = path.read_bytes()
+    for damaged in (b"", b"[]", whole[:-20], whole.decode().encode("utf-16")):
+        path.write_bytes(damaged)
+        with pytest.raises(BuildError, match=r"01_one\.ipynb"):
+            read("01_one:")
+
+
+def test_a_missing_profile_names_those_there_are(read, tmp_path, capsys):
+    read("01_one:", "quick")
+    assert build.main(["--profile", "ful"], tmp_path) == 1
+    error = capsys.readouterr().err
+    assert all(name in error for name in ("'ful'", "quick"))
+
+
+def test_list_shows_each_parameter_and_what_every_profile_gives(read, tmp_path, capsys):
+    read("01_one: {n_seeds: 9}", "full")
+    read("01_one: {n_seeds: 4}")
+    assert build.main(["--list"], tmp_path) == 0
+    listed = capsys.readouterr().out
+    assert "n_seeds: int = 3  # how many, at least 3\n        full: 9\n        toy: 4\n" in listed
+    with pytest.raises(SystemExit, match="0"):
+        build.main(["--help"])
+    assert "--profile" in capsys.readouterr().out

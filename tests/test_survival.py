@@ -1,0 +1,296 @@
+"""What a build survives: kills, a second build, a full disk, damage, bad parameters, a lost worker. In copies; slow."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+
+import build
+import nbformat
+import numpy as np
+import pytest
+import yaml
+from conftest import MARK, ROOT, code, damaged, parameters, write_notebook, write_profile
+from conftest import copy_repository, environment, run_build, start_build  # isort: skip
+from distributed import Client
+from plan import Place, read_profile
+
+from sgsc_study import Run, load_mnist1d, train
+from sgsc_study.runs import EPOCH_CURVES
+
+pytestmark = pytest.mark.slow
+TRAINING = parameters('results: str = "."\nn_runs: int = 6')
+TRAIN = """from sgsc_study import CACHE, Run, begin, load_mnist1d, train, write_table
+folder, data = begin(globals()), load_mnist1d()
+for k in range(4):
+    runs = [Run(10 * k + s, 0.01, 0.25) for s in range(n_runs)]
+    write_table(train(runs, data, epochs=3, stack_size=2, n_jobs=1, cache=CACHE).frame(), folder / f"runs-{k}.csv")"""
+READING = parameters('results: str = "."\nruns: str = "none.csv"')
+READ = """from sgsc_study import begin, read_table, write_table
+folder = begin(globals())
+write_table(read_table(runs, made_by="01_train").groupby("epoch", as_index=False).mean(True), folder / "means.csv")"""
+
+
+def training_repository(to: Path, train: str = TRAIN) -> Path:
+    """A copy of the repository with two small notebooks that train and read, and the profile `toy`."""
+    root = copy_repository(to)
+    shutil.rmtree(root / "notebooks")
+    write_notebook(root / "notebooks/01_train.ipynb", "# Train", TRAINING, code(train))
+    write_notebook(root / "notebooks/02_read.ipynb", "# Read", READING, code(READ))
+    write_profile(root, "01_train:\n02_read: {runs: '{results}/runs-0.csv'}\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
+    """The training repository, built once and left alone, and its tables."""
+    root = training_repository(tmp_path_factory.mktemp("trained"))
+    return root, run_build(root, "toy")
+
+
+def processes_of(root: Path) -> list[int]:
+    """The living processes that a build in `root` set off, itself included."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has just ended
+            if f"{MARK}={root}\0".encode() in (entry / "environ").read_bytes() + b"\0":
+                found.append(int(entry.name))
+    return found
+
+
+def wait_for(condition, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return condition()
+
+
+# -- killed, interrupted, started twice --------------------------------------------------------------------------------
+
+
+def kill_and_complete(root: Path, profile: str, expected: dict[str, bytes], length: float, kills: int) -> None:
+    """Kill builds at random moments of their `length`, and complete the next; every second one starts from nothing.
+
+    The first two kills hit build.py alone, as a user's kill does, the others all its processes at once, as a power cut.
+    """
+    moments, page = random.Random(0), root / f"report/sgsc-{profile}.html"
+    page.write_text("the previous page")
+    for k in range(kills):
+        if k % 2 == 0:
+            shutil.rmtree(root / ".cache", ignore_errors=True)
+            shutil.rmtree(root / "report/results", ignore_errors=True)
+        before, process = page.read_bytes(), start_build(root, profile)
+        with suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=moments.uniform(0.1, 0.9) * length)
+        for pid in processes_of(root) if k >= 2 else [process.pid] * (process.poll() is None):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
+        assert page.read_bytes() == before or page.read_text().rstrip().endswith("</html>")
+        start = time.monotonic()
+        assert run_build(root, profile) == expected, f"after kill {k + 1}"
+        length = time.monotonic() - start
+        assert not list((root / "report/results" / profile).glob(".*.part"))
+    assert wait_for(lambda: not processes_of(root), 30), "a killed build left processes behind"
+
+
+def test_killed_builds_are_completed_by_the_next_byte_for_byte(trained, tmp_path):
+    root, start = training_repository(tmp_path / "toy"), time.monotonic()
+    assert run_build(root, "toy") == trained[1] and set(trained[1]) == {
+        "means.csv",
+        *(f"runs-{k}.csv" for k in range(4)),
+    }
+    kill_and_complete(root, "toy", trained[1], time.monotonic() - start, kills=4)
+
+
+def test_the_smoke_profile_gives_the_same_bytes_from_an_empty_cache_and_after_kills(smoke, tmp_path):
+    root, start = copy_repository(tmp_path / "again"), time.monotonic()
+    assert run_build(root, "smoke") == smoke[1] and "claims.csv" in smoke[1]
+    kill_and_complete(root, "smoke", smoke[1], time.monotonic() - start, kills=4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_build_ends_at_once_and_an_interrupted_one_leaves_page_and_lock(tmp_path, number):
+    root = training_repository(tmp_path / "toy", "import time\nprint('waiting')\ntime.sleep(300)")
+    page = root / "report/sgsc-toy.html"
+    page.write_text("the previous page")
+    first = start_build(root, "toy")
+    assert any(line.startswith("waiting") for line in first.stdout)
+    second = start_build(root, "toy")
+    assert f"process {first.pid}" in second.communicate()[0] and second.returncode == 1
+    first.send_signal(number)
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 130 and "Traceback" not in output.rpartition("build.py: ")[2]
+    assert wait_for(lambda: not processes_of(root), 30) and page.read_text() == "the previous page"
+    with build.locked(Place("toy", root)):  # it went with its holder
+        pass
+
+
+# -- a full disk, damaged files ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def small_disk(folder: Path, megabytes: int):
+    """A disk of its own for `folder`. Root may write anywhere, so only a mount can refuse it."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("NOT TESTED: a full and a read-only disk, because this user may not mount one")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_or_read_only_disk_ends_in_a_clear_message(trained, tmp_path):
+    root = tmp_path / "disk"
+    with small_disk(root, 40):
+        shutil.copytree(trained[0], root, dirs_exist_ok=True)
+        page = root / "report/sgsc-toy.html"
+
+        def fails(name: str) -> None:
+            before, process = page.read_bytes(), start_build(root, "toy")
+            said = process.communicate()[0].rpartition("build.py: ")[2]
+            assert process.returncode == 1 and name in said and "Traceback" not in said
+            assert page.read_bytes() == before
+
+        for leave in (0, 8_192, 65_536):
+            shutil.rmtree(root / ".cache", ignore_errors=True)
+            (root / "filler").write_bytes(bytes(shutil.disk_usage(root).free - leave))
+            fails("No space left on device")
+            (root / "filler").unlink()
+        assert run_build(root, "toy") == trained[1]
+        subprocess.run(["mount", "-o", "remount,ro", root], check=True)
+        fails("Read-only file system")
+
+
+def test_damaged_cache_entries_are_trained_again(tmp_path):
+    data, runs = load_mnist1d(500), [Run(0, 0.01, 0.25), Run(1, 0.01, 0.25)]
+    settings = {"epochs": 2, "widths": (40, 8, 10), "probe_size": 4, "n_jobs": 1, "cache": tmp_path}
+    expected, noticed = train(runs, data, **settings), 0
+    (output,) = (tmp_path / "runs").rglob("output.pkl")
+    for bytes_ in damaged(output.read_bytes(), flips=50):
+        output.write_bytes(bytes_)
+        os.utime(output, (1e9, 1e9))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # joblib warns of what it cannot read
+            found = train(runs, data, **settings)
+        assert all(
+            np.array_equal(getattr(found, name), getattr(expected, name)) for name in ("step_loss", *EPOCH_CURVES)
+        )
+        noticed += output.stat().st_mtime != 1e9
+    assert noticed >= 40  # the others were damaged where nothing is read from
+
+
+# -- bad parameters: refused by name before any training, whichever way they come --------------------------------------
+
+BAD = {  # refused by a profile and by a notebook's first cell; below those that need the data or other results
+    "01_derivation": """epochs: 1, epoch: 5, lr: fast, seed: -1, epochs: many, lr: .nan, lr: .inf, lr: -0.1, seed: [0],
+        seed: true, epochs: '50'; batch_size: 5000, lr: 0""",
+    "02_tuning": """map_widths: 64, n_trials: 0, n_trial: 3, map_seeds: 1, widths: '[40]', map_samples: [], epochs: 3,
+        map_widths: [wide], map_samples: [5001], map_batches: [0]; storage: here, widths: [41], widths: [40]""",
+    "03_evaluation": """n_seeds: 2, tuned: '', n_seeds: 3.5, fresh_samples: 9, probe_size: -1, epochs: 3, arms: [Adam],
+        n_seeds: null, fresh_samples: 1005, batch_size: 0; tuned: none.csv -> none, widths: [40], probe_size: 99999""",
+    "04_gamma_and_smoothness": """gammas: [.nan], gammas: [-1.0], signal_seeds: 1; gammas: [0.5], epochs: 49,
+        widths: [40], control_seeds: 500""",
+    "05_beyond": """contest_trials: 0, contest_seeds: 1, cnn_epochs: .nan; batch_size: 2000, storage: sqlite:////no/a.db,
+        batch_sizes: [4000] -> `batch_size`, noise_levels: [1.5] -> `label_noise`, scheduler: here""",
+}
+
+
+def begin(stem: str, given: dict, folder: Path) -> None:
+    """Run a notebook in this process up to the cell that begins the study, with parameters as papermill gives them."""
+    cells = nbformat.read(ROOT / f"notebooks/{stem}.ipynb", as_version=4).cells
+    first, *others = [cell.source for cell in cells if cell.cell_type == "code"]
+    notebook = {"In": [first, "\n".join(["# Parameters", *(f"{name} = 0" for name in given)])]}
+    exec(first, notebook)
+    notebook |= {"results": str(folder), **given}
+    while True:
+        exec(source := others.pop(0), notebook)
+        if "begin(globals())" in source:
+            return
+
+
+@pytest.mark.parametrize("stem", BAD)
+def test_bad_parameters_are_refused_by_name_by_profile_and_first_cell(stem, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    for rows, by_profile in zip(BAD[stem].split(";"), (True, False), strict=True):
+        for row in rows.split(","):
+            text, _, named = row.strip().partition(" -> ")
+            name, place = named or f"`{text.partition(':')[0]}`", Place("toy", tmp_path)
+            write_profile(tmp_path, f"{stem}: {{{text}}}")
+            with pytest.raises(build.BuildError, match=name) if by_profile else nullcontext():
+                read_profile(place)
+            with pytest.raises((ValueError, TypeError, FileNotFoundError), match=name):
+                begin(stem, yaml.safe_load(text), tmp_path / "results")
+    assert not list(tmp_path.rglob("*.csv"))
+
+
+@pytest.mark.parametrize("how", ["-p", "-y", "-f", "nbclient", "profile"])
+def test_bad_parameters_are_refused_in_a_kernel_whichever_way_they_come(how, tmp_path):
+    root = copy_repository(tmp_path / "copy")
+    notebook, given = root / "notebooks/01_derivation.ipynb", root / "given"
+    given.write_text("batch_size: 5000")
+    as_option = {"-p": ["batch_size", "5000"], "-y": ["batch_size: 5000"], "-f": [given]}
+    if how in as_option:
+        command = ["-m", "papermill", "-k", "python3", notebook, root / "out.ipynb", how, *as_option[how]]
+    elif how == "profile":
+        write_profile(root, "01_derivation: {batch_size: 5000}")
+        command = [root / "report/build.py", "--profile", "toy"]
+    else:  # as a reader does who edits the parameters' cell
+        opened = nbformat.read(notebook, as_version=4)
+        next(cell for cell in opened.cells if cell.metadata.get("tags")).source += "\nbatch_size = 5000"
+        nbformat.write(opened, given)
+        command = ["-c", "import nbclient, nbformat as n, sys; nbclient.execute(n.read(sys.argv[1], 4))", given]
+    ran = subprocess.run([sys.executable, *command], cwd=root, env=environment(root), capture_output=True, text=True)
+    assert ran.returncode == 1 and "`batch_size`" in ran.stdout + ran.stderr
+    assert not list(root.glob(".cache/**/output.pkl"))
+
+
+# -- past one machine --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def running(*command: str | Path):
+    """A process that ends with the block."""
+    quiet = {"env": environment(ROOT), "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(list(map(str, command)), **quiet)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_dask_cluster_that_loses_a_worker_gives_the_same_bits(tmp_path):
+    data, runs = load_mnist1d(), [Run(seed, 0.01, 0.25) for seed in range(24)]
+    settings = {"epochs": 3, "stack_size": 1, "widths": (40, 32, 10)}
+    expected, at_loss = train(runs, data, **settings), []
+    address, cache, dask = tmp_path / "scheduler.json", tmp_path / "cache", Path(sys.executable).with_name("dask")
+    shared = ["--host", "127.0.0.1", "--scheduler-file", address, "--no-dashboard"]
+    worker = [dask, "worker", *shared, "--nthreads", "1", "--no-nanny", "--local-directory", tmp_path]
+
+    def lose() -> None:
+        if wait_for(lambda: len(list(cache.rglob("output.pkl"))) >= 3, 120):
+            lost.kill()
+            at_loss.append(len(list(cache.rglob("output.pkl"))))
+
+    cluster = running(dask, "scheduler", "--port", "0", *shared)
+    with cluster, running(*worker) as lost, running(*worker), Client(scheduler_file=str(address)) as client:
+        client.wait_for_workers(2, timeout=120)
+        thread = threading.Thread(target=lose)
+        thread.start()
+        scheduler = json.loads(address.read_text())["address"]
+        found = train(runs, data, scheduler=scheduler, cache=cache, **settings)
+        thread.join()
+        assert at_loss and 3 <= at_loss[0] < 24 and len(client.scheduler_info()["workers"]) == 1
+    assert all(np.array_equal(getattr(found, name), getattr(expected, name)) for name in ("step_loss", *EPOCH_CURVES))
