@@ -193,16 +193,11 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     kept = "" if options.list else "The previous page is left as it was."
     try:
         if options.list:
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--list | head` ends quietly
             print(list_all(root))
         else:
             build(options.profile, options.only, root)
-    except BuildError as error:
+    except (BuildError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         print(f"build.py: {error}\n{kept} {manifest.restore(options.profile)}".rstrip(), file=sys.stderr)
-        return 1
-    except OSError as error:  # a full disk, a folder that cannot be written
-        where = f": {error.filename}" if error.filename else ""
-        print(f"build.py: {error.strerror}{where}\n{kept}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # the interrupted cell's own traceback tells nothing
@@ -214,4 +209,6 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the kernel too, as Ctrl-C does
+    if "--list" in sys.argv:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--list | head` ends quietly
     sys.exit(main())

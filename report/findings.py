@@ -86,10 +86,10 @@ def readme(text: str, manifest: dict[str, Any], said: str, page: str) -> tuple[s
         "findings": said.replace("\n\n|", f"\n\n{picture}\n\n|", 1),  # before the table
         "time": f"With an empty cache, the notebooks of `make report` took {took} in all on {machines}.",
     }.items():
-        marked = re.compile(f"(<!-- {name}: .*? -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not marked.search(text):
+        marked = re.search(f"<!-- {name}: .*? -->\n(.*?)<!-- /{name} -->", text, re.DOTALL)
+        if marked is None:
             raise BuildError(f"README.md should have <!-- {name}: ... --> and <!-- /{name} --> on lines of their own.")
-        text = marked.sub(lambda marks, content=content: f"{marks[1]}{content}\n{marks[2]}", text, count=1)
+        text = f"{text[: marked.start(1)]}{content}\n{text[marked.end(1) :]}"
     return text, svg
 
 

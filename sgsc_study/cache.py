@@ -70,17 +70,17 @@ def _counts(name: str, importer: str) -> bool:
 @lru_cache(maxsize=256)
 def _meaning(source: str, module: str) -> tuple[str, list[str]]:
     """What a module's source computes, as text, and which other modules' code counts with it."""
+    names, package = [], getattr(sys.modules.get(module), "__package__", "") or module.rpartition(".")[0]
     try:
         tree = ast.parse(source)
-    except SyntaxError:  # a notebook's cell that failed
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    except (SyntaxError, ImportError):  # a notebook's cell that failed
         return uuid.uuid4().hex, []
-    names, package = [], getattr(sys.modules.get(module), "__package__", "") or module.rpartition(".")[0]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
     return ast.unparse(_Meaning().visit(tree)), [name for name in names if _counts(name, module)]
 
 
@@ -103,8 +103,8 @@ def code_version(*modules: str) -> str:
 def function_version(function: Callable) -> str:
     """SHA-256 of what a function computes: the `code_version` of its module, its place there, and the values it holds.
 
-    It holds those of its closure and its defaults. What can't be told so has another version at every call, and nothing
-    is read from the cache for it.
+    It holds those of its closure and its defaults. What can't be told so, as where a decorator holds something, has
+    another version at every call, and nothing is read from the cache for it.
 
     >>> def scaled(by):
     ...     return lambda value: by * value

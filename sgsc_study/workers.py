@@ -114,7 +114,8 @@ def parallel(
 
     A task has one thread, and float32 as torch's default. With `cache`, a folder, a result is read from it where the
     same code computed it before from the same of `keys`, one for each task, that json can write (left out: the tasks
-    themselves). `progress` is a label under which tasks done and time left are printed to stderr.
+    themselves); then `function` should have a name in its module. `progress` is a label under which tasks done and time
+    left are printed to stderr. Raises ValueError for another function.
 
     >>> parallel(divmod, [(7, 2), (9, 4)], n_jobs=1)
     [(3, 1), (2, 1)]
@@ -122,7 +123,10 @@ def parallel(
     engine = engine_version()
     jobs = [partial(by_same_engine, engine, function, *task) for task in tasks]
     if cache is not None:
-        made_by = [function.__module__, function.__qualname__, code_version(function.__module__), engine]
+        name = getattr(function, "__qualname__", "<none>")
+        if "<" in name:  # a lambda's, or that of a function made within another, which tells them not apart
+            raise ValueError(f"`function` should have a name in its module where `cache` is given. Found {function}.")
+        made_by = [function.__module__, name, code_version(function.__module__), engine]
         told = [json.dumps([*made_by, key]) for key in keys or tasks]
         jobs = [partial(cached, Path(cache), key, job) for key, job in zip(told, jobs, strict=True)]
     with on_workers(scheduler, n_jobs, len(tasks)):

@@ -1,10 +1,10 @@
-"""What the tests of `sgsc_study` share: data, runs of every kind, short trainings and searches, tables of mistakes."""
+"""What the tests of `sgsc_study` share: data, runs of every kind, short trainings and short searches."""
 
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
+import pytest
 from optuna.distributions import FloatDistribution
 
 from sgsc_study import Curves, Dataset, Run, load_mnist1d, train, tune
@@ -53,6 +53,10 @@ def nobody_trains(*_, **__):
     raise AssertionError("something was trained")
 
 
-def mistakes(table: dict[type, dict[str, list]]) -> Iterator[tuple[type, str, object]]:
-    """(error, name, value) of {error: {name: values}}."""
-    return ((error, name, value) for error, bad in table.items() for name, values in bad.items() for value in values)
+def assert_refused(call, error: type[Exception], **bad: list) -> None:
+    """Each of these values of each parameter is refused by the parameter's name, before any training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.autograd.grad", nobody_trains)
+        for name, value in ((name, value) for name, values in bad.items() for value in values):
+            with pytest.raises(error, match=f"`{name}`"):
+                call(**{name: value})

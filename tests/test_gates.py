@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgsc_lib import factored_sums, mlp, per_sample_gradients
-from sgsc_study import GATES, RELATIVES, align_runs
+from sgsc_study import GATES, RELATIVES
 from sgsc_study.engine import forward, losses_of
-from sgsc_study.gates import SUMS, check_gate, example_sums, sums_of
+from sgsc_study.gates import SUMS, check_gate, sums_of
+from sgsc_study.testing import assert_gate
 
 # Each gate from per-sample gradients g [B, *shape] as its paper has it: no factors, no sums.
 DEFINITIONS = {
@@ -44,26 +45,13 @@ def test_each_gate_is_its_definition_on_per_sample_gradients(name, seed, batch_s
         torch.testing.assert_close(made[settled], expected[settled], rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", GATES)
-def test_the_studys_gates_are_gates_and_keep_the_runs_apart(name):
-    check_gate(name, GATES[name])
-    gamma, sums = torch.tensor([0.25, 0.5], dtype=torch.float64), example_sums(GATES[name], (2, 3, 4))
-    alone = [GATES[name](*(s[r : r + 1] for s in sums), batch_size=8, gamma=gamma[r : r + 1]) for r in range(2)]
-    assert torch.equal(GATES[name](*sums, batch_size=8, gamma=gamma), torch.cat(alone))
-
-
-def test_values_of_runs_are_aligned_to_any_shape():
-    for like in (torch.ones(2), torch.ones(2, 3), torch.ones(2, 3, 4)):
-        made = align_runs(torch.tensor([1.0, 2.0], dtype=torch.float64), like) * like
-        assert torch.equal(made, torch.stack([like[0], 2 * like[0]]))
-
-
-def broken(sign, *, batch_size, gamma):
-    raise KeyError("it has a mistake in it")
+def mistake(sign, *, batch_size, gamma):
+    raise KeyError("nothing there")
 
 
 NO_SIGNATURES = [lambda sign, *, batch_size: sign, lambda sign, batch_size, gamma: sign]
 NO_GATES = [
+    mistake,
     lambda cube, *, batch_size, gamma: cube,
     lambda sign, *, batch_size, gamma: sign.mean(),
     lambda sign, *, batch_size, gamma: 1.0,
@@ -74,14 +62,16 @@ NO_GATES = [
     lambda sign, *, batch_size, gamma: sign * math.nan,
     lambda active, *, batch_size, gamma: 1 / active,
     lambda sign, *, batch_size, gamma: (sign / batch_size) ** 0.5,
-    broken,
 ]
 
 
-def test_what_is_no_gate_is_refused_by_its_name():
+def test_what_is_no_gate_is_refused_by_its_name_and_the_studys_gates_are_not():
     for gate in NO_SIGNATURES:
         with pytest.raises(TypeError, match="'mine'"):
             check_gate("mine", gate)
     for name, gate in [*(("mine", gate) for gate in NO_GATES), *((name, GATES["sign"]) for name in RELATIVES)]:
         with pytest.raises(ValueError, match=f"'{name}'"):
             check_gate(name, gate)
+    for name, gate in GATES.items():
+        assert_gate(gate)
+        check_gate(name, gate)

@@ -1,4 +1,4 @@
-"""The notebooks as a reader meets them: in JupyterLab, in a real browser, with live controls and by keyboard."""
+"""The notebooks as a reader meets them: in JupyterLab, in a real browser, with live controls and by keyboard. Slow."""
 
 import os
 import re
@@ -15,6 +15,7 @@ import nbformat
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow
 NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -26,14 +27,13 @@ def lab(tmp_path_factory):
         port = free.getsockname()[1]
     home, token = tmp_path_factory.mktemp("lab"), secrets.token_hex(16)
     shutil.copytree(ROOT / "notebooks", home / "notebooks")  # copies: JupyterLab saves what it shows
-    folders = {"JUPYTER_CONFIG_DIR": home / "config", "JUPYTER_DATA_DIR": home / "data", "IPYTHONDIR": home / "ipython"}
-    environment = {**os.environ, **{name: str(path) for name, path in folders.items()}, "JUPYTER_TOKEN": token}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root",
-               "--ServerApp.port_retries=0", f"--ServerApp.root_dir={home}", "--LabApp.news_url=None",
-               f"--LabServerApp.workspaces_dir={home}", "--LabApp.check_for_updates_class="
-               "jupyterlab.handlers.announcements.NeverCheckForUpdate"]  # fmt: skip
-    log = home / "log"
+    own = {"JUPYTER_CONFIG_DIR": f"{home}/config", "JUPYTER_DATA_DIR": f"{home}/data", "IPYTHONDIR": f"{home}/ipython"}
+    options = f"""--no-browser --ip=127.0.0.1 --port={port} --allow-root --ServerApp.port_retries=0
+        --ServerApp.root_dir={home} --LabApp.news_url=None --LabServerApp.workspaces_dir={home}
+        --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate"""
+    command, log = [sys.executable, "-m", "jupyterlab", *options.split()], home / "log"
     with log.open("w") as lines:
+        environment = os.environ | own | {"JUPYTER_TOKEN": token}
         server = subprocess.Popen(command, env=environment, stdout=lines, stderr=subprocess.STDOUT)
     try:
         for _ in range(900):
@@ -51,21 +51,18 @@ def lab(tmp_path_factory):
 
 @pytest.fixture
 def open_notebook(lab, browser):
-    """Open a notebook; the page's own errors are kept on `.errors`."""
-    contexts = []
+    """Open a notebook in JupyterLab; the page's own errors are kept on `.errors`."""
+    with browser.new_context(viewport={"width": 1440, "height": 1000}, reduced_motion="reduce") as context:
 
-    def open_it(name):
-        contexts.append(browser.new_context(viewport={"width": 1440, "height": 1000}, reduced_motion="reduce"))
-        page = contexts[-1].new_page()
-        page.errors = []
-        page.on("pageerror", lambda error: page.errors.append(str(error)))
-        page.goto(lab(name))
-        page.locator(".jp-Notebook .jp-Cell h1").first.wait_for(timeout=90_000)
-        return page
+        def open_it(name):
+            page = context.new_page()
+            page.errors = []
+            page.on("pageerror", lambda error: page.errors.append(str(error)))
+            page.goto(lab(name))
+            page.locator(".jp-Notebook .jp-Cell h1").first.wait_for(timeout=90_000)
+            return page
 
-    yield open_it
-    for context in contexts:
-        context.close()
+        yield open_it
 
 
 def test_every_notebook_opens(open_notebook):
@@ -83,36 +80,29 @@ def test_the_playground_answers_to_the_keyboard(open_notebook):
     page = open_notebook("playground.ipynb")
     status, pictures = page.get_by_role("status"), page.locator(".jp-OutputArea img[alt]")
 
-    def drawn():
+    def drawn(shown: str) -> list[str]:
+        status.filter(has_text=re.compile(f"^Shown: .*{shown}")).wait_for(timeout=90_000)
+        assert all(pictures.nth(k).get_attribute("alt").strip() for k in range(pictures.count()))
         return [pictures.nth(k).get_attribute("src") for k in range(pictures.count())]
-
-    def wait_for(text):
-        status.filter(has_text=re.compile(f"^Shown: .*{text}")).wait_for(timeout=90_000)
 
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.locator(".lm-Menu").get_by_text("Run All Cells", exact=True).click()
-    wait_for("γ 0.25 before Adam")
-    first = drawn()
-    assert len(first) == 3 and all(pictures.nth(k).get_attribute("alt").strip() for k in range(3))
-
-    gamma = page.locator(".widget-slider").filter(has_text="γ").get_by_role("slider")
-    gamma.focus()
+    first = drawn("γ 0.25 before Adam")
+    page.locator(".widget-slider").filter(has_text="γ").get_by_role("slider").focus()
     for _ in range(15):  # faster than anything trains: the settings passed through are given up, not queued
         page.keyboard.press("ArrowRight")
-    wait_for("γ 1 before Adam")
-    second = drawn()
-    assert len(second) == 3 and not set(first) & set(second)
+    second = drawn("γ 1 before Adam")
+    assert len(first) == len(second) == 3 and not set(first) & set(second)
 
     page.get_by_role("button", name="Pin this setting").click()
     page.get_by_role("cell", name="pin 1: γ 1 before Adam").first.wait_for(timeout=60_000)
     page.get_by_label("gate").select_option("after Adam")
-    wait_for("γ 1 after Adam")
+    drawn("γ 1 after Adam")
     assert page.get_by_role("row").filter(has_text="test accuracy").count() == 2  # this setting and the pinned one
     page.set_viewport_size({"width": 760, "height": 900})
     boxes, panel = [pictures.nth(k).bounding_box() for k in range(3)], page.locator(".jp-NotebookPanel").bounding_box()
     assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]  # one below the other, and none cut off
     assert all(box["x"] + box["width"] <= panel["x"] + panel["width"] for box in boxes)
-
-    assert page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
-    assert page.locator("[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+    for kind in ("error", "stderr"):
+        assert page.locator(f"[data-mime-type='application/vnd.jupyter.{kind}']").count() == 0
     assert page.errors == []

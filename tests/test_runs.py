@@ -1,48 +1,26 @@
 """One run as data, and the tables of what many runs left."""
 
 import math
+from functools import partial
 
 import numpy as np
-import pytest
-from study_inputs import FRESH, RELATED, RUNS, mistakes, shortly
+from study_inputs import FRESH, RELATED, RUNS, assert_refused, shortly
 
-from sgsc_study import GATES, Run, smoothness
-
-BAD = {TypeError: {"seed": [0.5, True], "lr": ["0.1"], "gamma": [True]}}
-BAD |= {ValueError: {"seed": [-1], "lr": [0.0, math.nan], "gamma": [-0.1], "placement": ["during"]}}
-BAD[ValueError] |= {"control": ["random"], "gate": ["none"], "schedule": ["linear"]}
-BAD[ValueError] |= {"weight_decay": [-0.1], "label_smoothing": [1.1]}
+from sgsc_study import Run, smoothness
 
 
-@pytest.mark.parametrize(("error", "name", "value"), mistakes(BAD))
-def test_a_bad_field_is_refused_by_name(error, name, value):
-    with pytest.raises(error, match=f"`{name}`"):
-        Run(**{"seed": 0, "lr": 0.1, name: value})
+def test_a_bad_field_is_refused_by_name_and_so_are_two_that_do_not_go_together():
+    run = partial(Run, **{"seed": 0, "lr": 0.1})
+    assert_refused(run, TypeError, seed=[0.5, True], lr=["0.1"], gamma=[True])
+    assert_refused(run, ValueError, seed=[-1], lr=[0.0, math.nan], gamma=[-0.1], placement=["during"], gate=["none"])
+    assert_refused(run, ValueError, control=["random"], schedule=["linear"], weight_decay=[-1], label_smoothing=[1.1])
+    assert_refused(partial(run, gate="and-mask"), ValueError, gamma=[1.5])
+    assert_refused(partial(run, gate="vote", gamma=1.0), ValueError, gamma=[0.5], control=["permuted"])
+    assert_refused(partial(run, gate="cautious", gamma=1.0), ValueError, placement=["before"])
 
 
-@pytest.mark.parametrize(
-    ("name", "fields"),
-    [
-        ("gamma", {"gamma": 1.5, "gate": "and-mask"}),
-        ("gamma", {"gamma": 0.5, "gate": "vote"}),
-        ("control", {"gamma": 1.0, "gate": "vote", "control": "permuted"}),
-        ("placement", {"gamma": 1.0, "gate": "cautious", "placement": "before"}),
-    ],
-)
-def test_fields_that_do_not_go_together_are_refused_by_name(name, fields):
-    with pytest.raises(ValueError, match=f"`{name}`"):
-        Run(0, 0.1, **fields)
-
-
-def test_a_gate_of_ones_own_is_a_runs_gate_once_it_is_in_the_table(monkeypatch):
-    with pytest.raises(ValueError, match="`gate`"):
-        Run(0, 0.1, 0.5, gate="mine")
-    monkeypatch.setitem(GATES, "mine", lambda sign, *, batch_size, gamma: sign * 0)
-    assert Run(0, 0.1, 0.5, gate="mine").gate == "mine"
-
-
-def test_frame_and_final_are_tidy():
-    curves = shortly(RUNS[:2], epochs=4, fresh=FRESH)
+def test_frame_and_final_are_tidy_and_show_the_fields_in_which_runs_differ_from_the_usual():
+    curves, always = shortly(RUNS[:2], epochs=4, fresh=FRESH), ["seed", "lr", "gamma", "placement"]
     frame, final = curves.frame(), curves.final()
     assert len(frame) == 8 and list(frame["epoch"]) == [1, 2, 3, 4] * 2 and len(final) == 2
     assert frame.loc[3, "test_accuracy"] == final.loc[0, "final_test_accuracy"] == curves.test_accuracy[0, -1]
@@ -50,11 +28,7 @@ def test_frame_and_final_are_tidy():
     for kind, loss in (("epoch", curves.train_loss), ("probe", curves.probe_loss)):
         for name, values in smoothness(loss).items():
             np.testing.assert_array_equal(final[f"{kind}_{name}"], values)
-
-
-def test_tables_show_the_fields_in_which_runs_differ_from_the_usual():
-    always = ["seed", "lr", "gamma", "placement"]
-    assert list(shortly(RUNS[:2]).frame().columns[:5]) == [*always, "epoch"]
+    assert list(frame.columns[:5]) == [*always, "epoch"]
     columns = list(shortly([RELATED[0], RELATED[-1]]).final().columns)
     assert columns[:7] == [*always, "gate", "schedule", "label_smoothing"] and "weight_decay" not in columns
 

@@ -1,6 +1,5 @@
 """What a build survives: kills, a second build, a full disk, damage, bad parameters, a lost worker. In copies; slow."""
 
-import json
 import os
 import random
 import shutil
@@ -10,7 +9,7 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import build
@@ -18,22 +17,21 @@ import nbformat
 import numpy as np
 import pytest
 import yaml
-from conftest import MARK, ROOT, code, damaged, parameters, write_notebook, write_profile
-from conftest import copy_repository, environment, run_build, start_build  # isort: skip
-from distributed import Client
+from conftest import MARK, ROOT, code, copy_repository, damaged, run_build, start_build, write_notebook, write_profile
+from distributed import Client, LocalCluster
 from plan import Place, read_profile
 
 from sgsc_study import Run, load_mnist1d, train
 from sgsc_study.runs import EPOCH_CURVES
 
 pytestmark = pytest.mark.slow
-TRAINING = parameters('results: str = "."\nn_runs: int = 6')
+TRAINING = code('results: str = "."\nn_runs: int = 6', tags=("parameters",))
 TRAIN = """from sgsc_study import CACHE, Run, begin, load_mnist1d, train, write_table
 folder, data = begin(globals()), load_mnist1d()
 for k in range(4):
     runs = [Run(10 * k + s, 0.01, 0.25) for s in range(n_runs)]
     write_table(train(runs, data, epochs=3, stack_size=2, n_jobs=1, cache=CACHE).frame(), folder / f"runs-{k}.csv")"""
-READING = parameters('results: str = "."\nruns: str = "none.csv"')
+READING = code('results: str = "."\nruns: str = "none.csv"', tags=("parameters",))
 READ = """from sgsc_study import begin, read_table, write_table
 folder = begin(globals())
 write_table(read_table(runs, made_by="01_train").groupby("epoch", as_index=False).mean(True), folder / "means.csv")"""
@@ -137,39 +135,32 @@ def test_a_second_build_ends_at_once_and_an_interrupted_one_leaves_page_and_lock
 # -- a full disk, damaged files ----------------------------------------------------------------------------------------
 
 
-@contextmanager
-def small_disk(folder: Path, megabytes: int):
-    """A disk of its own for `folder`. Root may write anywhere, so only a mount can refuse it."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder]
-    if subprocess.run(mount, capture_output=True).returncode:
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of its own. Root may write anywhere, so only a mount can refuse it."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", tmp_path], capture_output=True).returncode:
         pytest.skip("NOT TESTED: a full and a read-only disk, because this user may not mount one")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
+    yield tmp_path
+    subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
-def test_a_full_or_read_only_disk_ends_in_a_clear_message(trained, tmp_path):
-    root = tmp_path / "disk"
-    with small_disk(root, 40):
-        shutil.copytree(trained[0], root, dirs_exist_ok=True)
-        page = root / "report/sgsc-toy.html"
+def test_a_full_or_read_only_disk_ends_in_a_clear_message(trained, disk):
+    root = shutil.copytree(trained[0], disk / "toy")
+    page = root / "report/sgsc-toy.html"
 
-        def fails(name: str) -> None:
-            before, process = page.read_bytes(), start_build(root, "toy")
-            said = process.communicate()[0].rpartition("build.py: ")[2]
-            assert process.returncode == 1 and name in said and "Traceback" not in said
-            assert page.read_bytes() == before
+    def fails(name: str) -> None:
+        before, process = page.read_bytes(), start_build(root, "toy")
+        said = process.communicate()[0].rpartition("build.py: ")[2]
+        assert process.returncode == 1 and name in said and "Traceback" not in said and page.read_bytes() == before
 
-        for leave in (0, 8_192, 65_536):
-            shutil.rmtree(root / ".cache", ignore_errors=True)
-            (root / "filler").write_bytes(bytes(shutil.disk_usage(root).free - leave))
-            fails("No space left on device")
-            (root / "filler").unlink()
-        assert run_build(root, "toy") == trained[1]
-        subprocess.run(["mount", "-o", "remount,ro", root], check=True)
-        fails("Read-only file system")
+    for leave in (0, 8_192, 65_536):
+        shutil.rmtree(root / ".cache", ignore_errors=True)
+        (root / "filler").write_bytes(bytes(shutil.disk_usage(root).free - leave))
+        fails("No space left on device")
+        (root / "filler").unlink()
+    assert run_build(root, "toy") == trained[1]
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    fails("Read-only file system")
 
 
 def test_damaged_cache_entries_are_trained_again(tmp_path):
@@ -201,8 +192,8 @@ BAD = {  # refused by a profile and by a notebook's first cell; below those that
         n_seeds: null, fresh_samples: 1005, batch_size: 0; tuned: none.csv -> none, widths: [40], probe_size: 99999""",
     "04_gamma_and_smoothness": """gammas: [.nan], gammas: [-1.0], signal_seeds: 1; gammas: [0.5], epochs: 49,
         widths: [40], control_seeds: 500""",
-    "05_beyond": """contest_trials: 0, contest_seeds: 1, cnn_epochs: .nan; batch_size: 2000, storage: sqlite:////no/a.db,
-        batch_sizes: [4000] -> `batch_size`, noise_levels: [1.5] -> `label_noise`, scheduler: here""",
+    "05_beyond": """contest_trials: 0, contest_seeds: 1, cnn_epochs: .nan; batch_size: 2000, scheduler: here,
+        storage: sqlite:////no/a.db, batch_sizes: [4000] -> `batch_size`, noise_levels: [1.5] -> `label_noise`""",
 }
 
 
@@ -226,71 +217,44 @@ def test_bad_parameters_are_refused_by_name_by_profile_and_first_cell(stem, tmp_
     for rows, by_profile in zip(BAD[stem].split(";"), (True, False), strict=True):
         for row in rows.split(","):
             text, _, named = row.strip().partition(" -> ")
-            name, place = named or f"`{text.partition(':')[0]}`", Place("toy", tmp_path)
+            name = named or f"`{text.partition(':')[0]}`"
             write_profile(tmp_path, f"{stem}: {{{text}}}")
             with pytest.raises(build.BuildError, match=name) if by_profile else nullcontext():
-                read_profile(place)
+                read_profile(Place("toy", tmp_path))
             with pytest.raises((ValueError, TypeError, FileNotFoundError), match=name):
                 begin(stem, yaml.safe_load(text), tmp_path / "results")
     assert not list(tmp_path.rglob("*.csv"))
 
 
-@pytest.mark.parametrize("how", ["-p", "-y", "-f", "nbclient", "profile"])
-def test_bad_parameters_are_refused_in_a_kernel_whichever_way_they_come(how, tmp_path):
-    root = copy_repository(tmp_path / "copy")
-    notebook, given = root / "notebooks/01_derivation.ipynb", root / "given"
-    given.write_text("batch_size: 5000")
-    as_option = {"-p": ["batch_size", "5000"], "-y": ["batch_size: 5000"], "-f": [given]}
-    if how in as_option:
-        command = ["-m", "papermill", "-k", "python3", notebook, root / "out.ipynb", how, *as_option[how]]
-    elif how == "profile":
-        write_profile(root, "01_derivation: {batch_size: 5000}")
-        command = [root / "report/build.py", "--profile", "toy"]
-    else:  # as a reader does who edits the parameters' cell
-        opened = nbformat.read(notebook, as_version=4)
-        next(cell for cell in opened.cells if cell.metadata.get("tags")).source += "\nbatch_size = 5000"
-        nbformat.write(opened, given)
-        command = ["-c", "import nbclient, nbformat as n, sys; nbclient.execute(n.read(sys.argv[1], 4))", given]
-    ran = subprocess.run([sys.executable, *command], cwd=root, env=environment(root), capture_output=True, text=True)
-    assert ran.returncode == 1 and "`batch_size`" in ran.stdout + ran.stderr
-    assert not list(root.glob(".cache/**/output.pkl"))
-
-
-# -- past one machine --------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def running(*command: str | Path):
-    """A process that ends with the block."""
-    quiet = {"env": environment(ROOT), "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(list(map(str, command)), **quiet)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+@pytest.mark.parametrize("given", [["-p", "epochs", "1"], ["-y", "epochs: 1"], ["-f", "given"], []])
+def test_bad_parameters_are_refused_in_a_kernel_whichever_way_they_come(given, tmp_path):
+    (tmp_path / "given").write_text("epochs: 1")
+    notebook = nbformat.read(ROOT / "notebooks/01_derivation.ipynb", as_version=4)
+    if not given:  # as a reader does who edits the parameters' cell
+        next(cell for cell in notebook.cells if cell.metadata.get("tags")).source += "\nepochs = 1"
+    nbformat.write(notebook, tmp_path / "in.ipynb")
+    by_nbclient = ["-c", "import nbclient, nbformat; nbclient.execute(nbformat.read('in.ipynb', 4))"]
+    command = ["-m", "papermill", "-k", "python3", "in.ipynb", "out.ipynb", *given] if given else by_nbclient
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ran = subprocess.run([sys.executable, *command], cwd=tmp_path, **pipes)
+    assert ran.returncode == 1 and "`epochs`" in ran.stdout
 
 
 def test_a_dask_cluster_that_loses_a_worker_gives_the_same_bits(tmp_path):
     data, runs = load_mnist1d(), [Run(seed, 0.01, 0.25) for seed in range(24)]
     settings = {"epochs": 3, "stack_size": 1, "widths": (40, 32, 10)}
-    expected, at_loss = train(runs, data, **settings), []
-    address, cache, dask = tmp_path / "scheduler.json", tmp_path / "cache", Path(sys.executable).with_name("dask")
-    shared = ["--host", "127.0.0.1", "--scheduler-file", address, "--no-dashboard"]
-    worker = [dask, "worker", *shared, "--nthreads", "1", "--no-nanny", "--local-directory", tmp_path]
+    expected, left = train(runs, data, **settings), []
+    with LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
+        first, _ = client.run(os.getpid).values()
 
-    def lose() -> None:
-        if wait_for(lambda: len(list(cache.rglob("output.pkl"))) >= 3, 120):
-            lost.kill()
-            at_loss.append(len(list(cache.rglob("output.pkl"))))
+        def lose() -> None:
+            if wait_for(lambda: len(list(tmp_path.rglob("output.pkl"))) >= 3, 120):
+                os.kill(first, signal.SIGKILL)
+                left.append(24 - len(list(tmp_path.rglob("output.pkl"))))
 
-    cluster = running(dask, "scheduler", "--port", "0", *shared)
-    with cluster, running(*worker) as lost, running(*worker), Client(scheduler_file=str(address)) as client:
-        client.wait_for_workers(2, timeout=120)
         thread = threading.Thread(target=lose)
         thread.start()
-        scheduler = json.loads(address.read_text())["address"]
-        found = train(runs, data, scheduler=scheduler, cache=cache, **settings)
+        found = train(runs, data, scheduler=cluster.scheduler_address, cache=tmp_path, **settings)
         thread.join()
-        assert at_loss and 3 <= at_loss[0] < 24 and len(client.scheduler_info()["workers"]) == 1
+    assert left[0] > 0
     assert all(np.array_equal(getattr(found, name), getattr(expected, name)) for name in ("step_loss", *EPOCH_CURVES))
