@@ -42,6 +42,17 @@ def check(name: str, value: Any, kind: type, low: float | None = None, high: flo
     return value
 
 
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> Any:
+    """Return `value` if it is one of `choices`; raise a ValueError that lists them otherwise.
+
+    >>> check_choice("placement", "after", ("before", "after"))
+    'after'
+    """
+    if value not in choices:
+        raise ValueError(f"`{name}` should be one of {', '.join(map(repr, choices))}. Found {value!r}.")
+    return value
+
+
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that the module itself owns, by key.
 

@@ -6,15 +6,17 @@ parameter p. The **sign consistency** of p and the **gate** made from it are
     c_p = | (1/B) Σ_i sign(g_ip) |        in [0, 1]
     gate_p = c_p ** γ                     γ ≥ 0;  γ = 0 leaves everything as it is (0 ** 0 = 1)
 
-SGSC multiplies the mean gradient by the gate before the optimiser sees it (placement ``"before"``), or multiplies the
-optimiser's finished update by it (placement ``"after"``).
+SGSC multiplies the mean gradient by the gate before the optimizer sees it (placement "before", the method of the
+research card that proposes it: `scale_gradients_`), or the optimizer's finished update (placement "after":
+`scaled_update`).
 
 For a Linear layer g_i is an outer product δ_i a_iᵀ of the back-propagated error and the layer's input, and the sign of
 a product is the product of the signs. So one extra matrix product, sign(Δ)ᵀ sign(A), gives the exact statistic, and the
 B × P per-sample gradients never exist.
 
-Index letters, here and in the notebooks: i sample, p parameter, r run, t step, e epoch; B batch size, R runs,
-A a layer's inputs, Δ the errors at its output. Shapes stand at the ends of lines.
+Index letters, here and in the notebooks: i sample, p parameter, r run, t step, e epoch; B batch size, P parameters,
+R runs, T positions in a sequence, A a layer's inputs (a_i one sample's), Δ the errors at its output (δ_i). Shapes stand
+at the ends of lines; b is a part of the batch.
 """
 
 from __future__ import annotations
@@ -55,33 +57,6 @@ if TYPE_CHECKING:
 
 
 # ======================================================================================================================
-# The model of the study
-# ======================================================================================================================
-
-
-def mlp(widths: Sequence[int] = (40, 128, 128, 10), *, seed: int) -> nn.Sequential:
-    """A multi-layer perceptron of Linear layers with ReLU between them, from a generator of its own.
-
-    The initialisation is PyTorch's default for `nn.Linear`, drawn in the same order: the parameters equal those of the
-    same layers built after `torch.manual_seed(seed)`. The global random state is neither used nor changed.
-
-    >>> mlp((40, 16, 10), seed=0)(torch.zeros(2, 40)).shape
-    torch.Size([2, 10])
-    """
-    if len(widths) < 2:
-        raise ValueError(f"`widths` should name at least an input and an output width. Found {tuple(widths)}.")
-    widths = tuple(int(check("widths", width, int, low=1)) for width in widths)
-    generator = torch.Generator().manual_seed(check("seed", seed, int, low=0))
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in itertools.pairwise(widths):
-        linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out)
-        nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5), generator=generator)
-        nn.init.uniform_(linear.bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator=generator)
-        layers += [linear, nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-# ======================================================================================================================
 # The definition: per-sample gradients and their sign consistency
 # ======================================================================================================================
 
@@ -98,7 +73,7 @@ def per_sample_gradients(
 
     `x` is [B, ...], `y` is [B, ...]; the loss is called on batches of one. Returns {parameter name: [B, *shape]} for
     the parameters that require a gradient. `chunk_size` bounds how many samples are differentiated at once. Works for
-    any model without coupling between samples; raises ValueError naming the module where there is such a coupling.
+    any model without coupling between samples; raises ValueError naming the module where batch normalisation couples.
 
     >>> gradients = per_sample_gradients(mlp((40, 16, 10), seed=0), torch.ones(8, 40), torch.arange(8))
     >>> gradients["2.weight"].shape
@@ -147,7 +122,8 @@ def _statistic_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def noise_floor(batch_size: int) -> float:
-    """E[c] where every per-sample sign is a fair coin: √(2/(πB)), the mean of a folded normal with variance 1/B.
+    """E[c] where every per-sample sign is a fair coin, for large B: √(2/(πB)), the mean of a folded normal of variance
+    1/B. A sample without a gradient lowers it.
 
     >>> round(noise_floor(128), 3)
     0.071
@@ -205,12 +181,13 @@ def _power_table(batch_size: int, gammas: tuple[float, ...], dtype: torch.dtype,
 # Rules: the statistic of one layer from its input and the error at its output
 # ======================================================================================================================
 
-# A rule returns, for each parameter of its module, Σ_i sign(g_i) and the number of non-zero entries of all g_i. It is
-# given the module, its input A and the error Δ at its output, both with the samples along their first axis.
+# A rule returns, for each parameter of its module, Σ_i sign(g_i) and the number of non-zero entries of all g_i, which
+# tells `summary` how many samples take part. It is given the module, its input A and the error Δ at its output, both
+# with the samples along their first axis.
 Sums = dict[str, tuple[Tensor, Tensor]]
 Rule = Callable[[Any, Tensor, Tensor], Sums]
 
-CHUNK_ELEMENTS = 2**24  # the most per-sample gradient entries that a rule holds at once: 64 MiB in float32
+CHUNK_ELEMENTS = 2**24  # per-sample gradient entries held at once, but for one sample's: 64 MiB in float32
 
 
 def _sign_sum(per_sample: Tensor) -> Tensor:
@@ -408,7 +385,7 @@ the samples. Call its eval(), or use GroupNorm.
     def _model_hook(self) -> Callable:
         @torch.compiler.disable
         def on_model(called: nn.Module, args: tuple, kwargs: dict) -> None:
-            if called is not self._model or not is_training_pass():
+            if called is not self._model or not is_training_pass():  # a deep copy of the model has its hooks
                 return
             first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.ndim), None)
             if first is None:
@@ -524,8 +501,8 @@ the samples. Call its eval(), or use GroupNorm.
     # -- the gate and its two placements -------------------------------------------------------------------------------
 
     def _gates(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each parameter with its gate, one at a time: all gates at once would take the parameters' memory again."""
-        gamma = check("gamma", self.gamma, float, low=0.0)
+        """Each parameter with its gate, one at a time, so that scaling gradients holds one gate and not all."""
+        gamma = check("gamma", self.gamma, float, low=0.0)  # it may be set between steps
         if self._gated and self._group is None:
             raise RuntimeError("This statistic was used already: call loss.backward() again before the next gate.")
         if self._gated:  # this process had no batch since then, others may have: it takes part with no samples
@@ -554,9 +531,9 @@ the samples. Call its eval(), or use GroupNorm.
     def scaled_update(self) -> AbstractContextManager[None]:
         """Gate the finished update instead: p ← p_before + c ** γ · (p_after − p_before) around `optimizer.step()`.
 
-        All that the step does to a parameter is gated, decoupled weight decay included. Holds a copy of the parameters
-        for the length of the step; c = 1 gives the ungated step bit for bit. A call that no `with` entered is a
-        RuntimeError in the next forward pass.
+        All that the step does to a parameter is gated, decoupled weight decay included. Holds the gates and a copy of
+        the parameters for the length of the step; c = 1 gives the ungated step bit for bit. A call that no `with`
+        entered is a RuntimeError in the next forward pass.
 
         >>> model = mlp((40, 16, 10), seed=0)
         >>> sgsc, optimizer = SGSC(model, gamma=0.25), torch.optim.Adam(model.parameters())
@@ -574,7 +551,7 @@ the samples. Call its eval(), or use GroupNorm.
         yield
         with torch.no_grad():
             for p, gate, before in gated:
-                p.copy_(torch.where(gate == 1, p, torch.lerp(before, p, gate)))  # lerp alone: ∞ and -0 change
+                p.copy_(torch.where(gate == 1, p, torch.lerp(before, p, gate)))  # lerp(p, ∞, 1) is NaN
 
     # -- looking, and taking it off ------------------------------------------------------------------------------------
 
@@ -624,7 +601,8 @@ the samples. Call its eval(), or use GroupNorm.
 
 @dataclass
 class _Pass:
-    """One forward pass of a hooked model: its samples, its layers (True once their errors arrived)."""
+    """One forward pass of a hooked model: its samples, whether they count by now (its backward pass has begun), and its
+    layers (True once their errors arrived)."""
 
     rows: int
     counted: bool = False
@@ -638,3 +616,30 @@ class _Statistic(NamedTuple):
     sums: dict[str, Tensor]
     active: dict[str, Tensor]
     samples: int
+
+
+# ======================================================================================================================
+# The model of the study
+# ======================================================================================================================
+
+
+def mlp(widths: Sequence[int] = (40, 128, 128, 10), *, seed: int) -> nn.Sequential:
+    """A multi-layer perceptron of Linear layers with ReLU between them, from a generator of its own.
+
+    The initialisation is PyTorch's default for `nn.Linear`, drawn in the same order: the parameters equal those of the
+    same layers built after `torch.manual_seed(seed)`. The global random state is neither used nor changed.
+
+    >>> mlp((40, 16, 10), seed=0)(torch.zeros(2, 40)).shape
+    torch.Size([2, 10])
+    """
+    if len(widths) < 2:
+        raise ValueError(f"`widths` should name at least an input and an output width. Found {tuple(widths)}.")
+    widths = tuple(int(check("widths", width, int, low=1)) for width in widths)
+    generator = torch.Generator().manual_seed(check("seed", seed, int, low=0))
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in itertools.pairwise(widths):
+        linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out)
+        nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5), generator=generator)
+        nn.init.uniform_(linear.bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator=generator)
+        layers += [linear, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])

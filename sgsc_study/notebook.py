@@ -29,7 +29,9 @@ def begin(notebook: dict[str, Any]) -> Path | None:
     ValueError: `epochs` should be ≥ 2. Found 1.
     """
     ran = notebook.get("In", [])
-    declared = next(filter(None, map(declarations, ran)), {})
+    declared: dict[str, tuple[str, str]] = {}  # by the parameters' cell as it was run last
+    for found in filter(None, map(declarations, ran)):
+        declared = found if not declared or declared.keys() & found.keys() else declared
     values = {name: notebook[name] for name in declared}
     for cell in ran:
         if cell.startswith("# Parameters\n"):  # papermill's, which a notebook opened in Jupyter does not have

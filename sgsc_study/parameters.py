@@ -7,22 +7,11 @@ least 0, and text is not empty.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 KINDS = {"int": int, "float": float, "str": str, "bool": bool}
-
-
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> Any:
-    """Return `value` if it is one of `choices`; raise a ValueError that lists them otherwise.
-
-    >>> check_choice("placement", "after", ("before", "after"))
-    'after'
-    """
-    if value not in choices:
-        raise ValueError(f"`{name}` should be one of {', '.join(map(repr, choices))}. Found {value!r}.")
-    return value
 
 
 def coerce(value: Any, kind: str) -> Any:

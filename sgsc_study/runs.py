@@ -1,19 +1,15 @@
-"""One training run as data, and the curves that many of them left."""
+"""One training run as data: what it is trained with, and the names of the curves that it leaves."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-import numpy as np
-import pandas as pd
-
+from sgsc_checks import check_choice
 from sgsc_lib import check
 from sgsc_study.gates import GATES, RELATIVES
-from sgsc_study.measures import smoothness
-from sgsc_study.parameters import check_choice
 
 PLACEMENTS = ("before", "after")
 CONTROLS = ("none", "permuted", "layer-mean", "frozen")
 SCHEDULES = ("constant", "cosine")
+EPOCH_CURVES = ("train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "test_loss", "test_accuracy")
 
 
 @dataclass(frozen=True)
@@ -62,79 +58,3 @@ class Run:
             raise ValueError(f"`gamma` should be 1, and `control` 'none', for the gate {self.gate!r}. Found {self}.")
         if self.gate == "cautious" and self.placement != "after":
             raise ValueError(f"`placement` should be 'after' for the gate 'cautious'. Found {self.placement!r}.")
-
-
-EPOCH_CURVES = ("train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "test_loss", "test_accuracy")
-
-
-def _fields_of(runs: Sequence[Run]) -> pd.DataFrame:
-    """One row a run: seed, learning rate, γ, placement, and each other field that is not its default in all of them."""
-    frame = pd.DataFrame([asdict(run) for run in runs])
-    usual = asdict(Run(seed=0, lr=1.0))
-    return frame[[name for name in usual if name in list(usual)[:4] or (frame[name] != usual[name]).any()]]
-
-
-@dataclass
-class Curves:
-    """What `train` recorded, as NumPy arrays: R runs, T steps, E epochs. A diverged run keeps its NaNs.
-
-    `step_loss` is the loss of each step's batch before the update; `probe_loss` the loss of a fixed batch after it
-    (T = 0 unless asked for). The epoch curves are full passes after the epochs in `evaluated`. `fresh_*` are of the
-    final model on the fresh sample (NaN unless given).
-
-    >>> from sgsc_study import load_mnist1d, train
-    >>> curves = train([Run(0, lr=0.01)], load_mnist1d(100), epochs=4, batch_size=16, widths=(40, 10), n_jobs=1)
-    >>> curves.step_loss.shape, curves.test_loss.shape  # 64 rows are 4 batches an epoch
-    ((1, 16), (1, 4))
-    """
-
-    runs: list[Run]
-    step_loss: np.ndarray  # [R, T]
-    probe_loss: np.ndarray  # [R, T]
-    train_loss: np.ndarray  # [R, E]
-    train_accuracy: np.ndarray  # [R, E]
-    valid_loss: np.ndarray  # [R, E]
-    valid_accuracy: np.ndarray  # [R, E]
-    test_loss: np.ndarray  # [R, E]
-    test_accuracy: np.ndarray  # [R, E]
-    fresh_loss: np.ndarray  # [R]
-    fresh_accuracy: np.ndarray  # [R]
-    evaluated: np.ndarray  # [E]
-
-    def frame(self) -> pd.DataFrame:
-        """Tidy: one row a run and evaluated epoch, with the run's fields and the six epoch curves.
-
-        >>> from sgsc_study import load_mnist1d, train
-        >>> train([Run(0, lr=0.01)], load_mnist1d(100), epochs=2, batch_size=16, widths=(40, 10)).frame().shape
-        (2, 11)
-        """
-        n_runs, n_evaluated = self.train_loss.shape
-        runs = _fields_of(self.runs).loc[np.repeat(np.arange(n_runs), n_evaluated)]
-        runs = runs.reset_index(drop=True).assign(epoch=np.tile(self.evaluated, n_runs))
-        return runs.assign(**{name: getattr(self, name).ravel() for name in EPOCH_CURVES})
-
-    def final(self) -> pd.DataFrame:
-        """Tidy: one row a run, with the run's fields, last and best test accuracy, last losses, the fresh sample's
-        accuracy and loss, and every smoothness measure of the training loss by epoch (`epoch_*`, where every epoch was
-        evaluated) and, where a probe batch was recorded, of the probe loss by step (`probe_*`).
-
-        >>> from sgsc_study import load_mnist1d, train
-        >>> curves = train([Run(0, lr=0.01)], load_mnist1d(100), epochs=4, batch_size=16, widths=(40, 10))
-        >>> curves.final().filter(like="roughness").columns.tolist()
-        ['epoch_roughness']
-        """
-        frame = _fields_of(self.runs).assign(
-            final_test_accuracy=self.test_accuracy[:, -1],
-            best_test_accuracy=self.test_accuracy.max(1),
-            final_test_loss=self.test_loss[:, -1],
-            final_train_loss=self.train_loss[:, -1],
-            final_valid_accuracy=self.valid_accuracy[:, -1],
-            final_valid_loss=self.valid_loss[:, -1],
-            fresh_accuracy=self.fresh_accuracy,
-            fresh_loss=self.fresh_loss,
-        )
-        by_epoch = self.train_loss if len(self.evaluated) == self.evaluated[-1] else self.train_loss[:, :0]
-        for kind, loss in (("epoch", by_epoch), ("probe", self.probe_loss)):
-            if loss.shape[1] >= 4:
-                frame = frame.assign(**{f"{kind}_{name}": value for name, value in smoothness(loss).items()})
-        return frame

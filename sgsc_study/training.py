@@ -12,10 +12,11 @@ from torch import Tensor
 
 from sgsc_lib import check
 from sgsc_study.cache import function_version
+from sgsc_study.curves import Curves
 from sgsc_study.data import Dataset, sha256_of
 from sgsc_study.engine import train_stack
 from sgsc_study.gates import GATES, check_gate
-from sgsc_study.runs import Curves, Run
+from sgsc_study.runs import Run
 from sgsc_study.workers import parallel
 
 

@@ -27,17 +27,17 @@ from sgsc_study.runs import Run
 CODE = code_version("sgsc_study.engine")  # as it is when this process loads it, whatever is edited later
 
 
-def settle() -> None:
+def _settle() -> None:
     """One thread and float32 for all that follows: more threads add up in another order."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float32)
 
 
 @contextmanager
-def settled() -> Iterator[None]:
-    """A block that is `settle`d, after which all is as before."""
+def _settled() -> Iterator[None]:
+    """A block that is settled (one thread, float32), after which all is as before."""
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    settle()
+    _settle()
     try:
         yield
     finally:
@@ -55,7 +55,7 @@ def engine_version() -> list[str]:
 
 
 @lru_cache
-@settled()
+@_settled()
 def arithmetic() -> str:
     """Fingerprint of how this process rounds: where two differ, the same runs end in other bits.
 
@@ -82,14 +82,14 @@ def arithmetic() -> str:
 
 
 def by_same_engine(version: list[str], function: Callable[..., Any], *given: Any) -> Any:
-    """Return `function(*given)`, `settle`d, or raise RuntimeError where this process has not that `engine_version`.
+    """Return `function(*given)`, on one thread; RuntimeError where this process has not that `engine_version`.
 
     A worker on another machine may have other code, another torch, or a processor that rounds otherwise.
 
     >>> by_same_engine(engine_version(), abs, -1)
     1
     """
-    settle()  # before the fingerprint, which restores what it finds: on a cluster another task may be running beside
+    _settle()  # before the fingerprint, which restores what it finds: on a cluster another task may be running beside
     if version != engine_version():
         raise RuntimeError(
             "A worker should have the code, the torch and the arithmetic of the process that calls it, "
@@ -99,7 +99,7 @@ def by_same_engine(version: list[str], function: Callable[..., Any], *given: Any
     return function(*given)
 
 
-@settled()
+@_settled()
 def parallel(
     function: Callable[..., Any],
     tasks: Sequence[tuple],

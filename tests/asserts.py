@@ -42,13 +42,9 @@ def measured(model: nn.Module, x: Tensor, y: Tensor, loss=loss_of) -> dict[str, 
 
 def one_by_one(model: nn.Module, x: Tensor, y: Tensor, loss=loss_of) -> dict[str, Tensor]:
     """Per-sample gradients by a backward pass for each sample: the oracle where vmap can't go."""
-    rows = []
-    for i in range(len(x)):
-        model.zero_grad()
-        loss(model, x[i : i + 1], y[i : i + 1]).backward()
-        rows.append({name: p.grad for name, p in model.named_parameters()})
-    model.zero_grad()
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    own = dict(model.named_parameters())
+    rows = [torch.autograd.grad(loss(model, x[i : i + 1], y[i : i + 1]), own.values()) for i in range(len(x))]
+    return {name: torch.stack(g) for name, g in zip(own, zip(*rows, strict=True), strict=True)}
 
 
 def gated_step(sgsc: SGSC, optimiser: torch.optim.Optimizer, placement: str) -> None:
@@ -64,8 +60,7 @@ def assert_consistency(c: dict[str, Tensor], per_sample: dict[str, Tensor]) -> i
     largest = max(float(g.abs().max()) for g in per_sample.values())
     flips = 0
     for name, g in per_sample.items():
-        assert c[name].shape == g.shape[1:]
-        assert ((c[name] >= 0) & (c[name] <= 1)).all(), name
+        assert c[name].shape == g.shape[1:] and ((c[name] >= 0) & (c[name] <= 1)).all(), name
         off = ((c[name] - sign_consistency(g)).abs() * len(g)).round()
         doubtful = ((g != 0) & (g.abs() <= 100 * torch.finfo(g.dtype).eps * largest)).sum(0)
         assert (off <= 2 * doubtful).all(), f"{name}: c differs where no per-sample gradient is near zero"

@@ -72,11 +72,15 @@ def test_what_was_made_otherwise_is_not_mixed(folder, key):
         manifest.check_environment(folder, made)
 
 
-def test_a_build_refuses_damage_before_anything_runs_and_a_whole_one_mends_it(toy, capsys):
+def test_a_build_refuses_damage_and_other_versions_before_anything_runs_and_a_whole_one_mends_it(toy, capsys):
     results, page = toy / "report/results/toy", toy / "report/sgsc-toy.html"
     before = page.read_bytes()
-    for name in ("raw.csv", "manifest.json"):
-        (results / name).write_bytes((results / name).read_bytes()[:10])
+    for file, part, other, name in (
+        ("raw.csv", b"3", b"4", "raw.csv"),
+        ("manifest.json", b'"torch": "', b'"torch": "0.', "torch 0."),
+        ("manifest.json", b'"results": {', b'"results": [', "manifest.json"),
+    ):
+        (results / file).write_bytes((results / file).read_bytes().replace(part, other))
         assert build.main(["--profile", "toy", "--only", "02"], toy) == 1
         assert name in capsys.readouterr().err and page.read_bytes() == before
     assert build.main(["--profile", "toy"], toy) == 0
