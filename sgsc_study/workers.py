@@ -157,6 +157,10 @@ def on_workers(scheduler: str, n_jobs: int, n_tasks: int) -> Iterator[None]:
             f"Found {scheduler!r}: {error}"
         ) from None
     with client, joblib.parallel_config("dask", client=client, n_jobs=-1):
+        try:
+            client.run(engine_version)  # a worker without the project would wait for ever
+        except Exception as error:
+            raise RuntimeError(f"A worker of the `scheduler` should have this project. Found {error!r}") from None
         yield
 
 

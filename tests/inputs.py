@@ -24,11 +24,6 @@ class Made(nn.Module):
         return self.compute(self, *inputs, **named)
 
 
-class Residual(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
-
-
 def scale(width: int) -> nn.Module:
     """A layer with a layer inside and a parameter used twice."""
     parts = {"scale": nn.Parameter(torch.randn(width)), "inner": nn.Linear(width, width)}
@@ -83,7 +78,8 @@ def dense(draw, batch: int) -> tuple[list[nn.Module], Tensor]:
     layers: list[nn.Module] = []
     for _ in range(draw(st.integers(0, 2))):
         block = [nn.Linear(width, width, bias=draw(st.booleans())), draw(ACTIVATIONS)()]
-        layers += [Residual(*block)] if draw(st.booleans()) else block
+        residual = Made(lambda self, x: x + self.body(x), body=nn.Sequential(*block))
+        layers += [residual] if draw(st.booleans()) else block
         layers += [nn.LayerNorm(draw(st.sampled_from([(width,), (*length, width)])))] if draw(st.booleans()) else []
     mean_over_time = Made(lambda self, x: x.mean(1))
     ends = [mean_over_time, nn.Flatten()] if length else [nn.Identity()]

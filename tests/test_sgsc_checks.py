@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sgsc_checks import check
-from sgsc_lib import SGSC, linear_rule, per_sample_gradients, per_sample_rule, sign_consistency
+from sgsc_lib import SGSC, linear_rule, mlp, per_sample_gradients, per_sample_rule, sign_consistency
 
 
 @pytest.mark.parametrize("value, kind, error", [
@@ -127,8 +127,8 @@ REFUSED_PASSES = {  # the model, the shape of its input, the module that is name
     "batch norm put back into training": (one(nn.BatchNorm1d(5)), (4, 5), "'layer' (BatchNorm1d)"),
     "two inputs": (one(nn.Bilinear(5, 5, 5), lambda self, x: self.layer(x, x)), (4, 5), "'layer' (Bilinear)"),
     **{f"activation checkpointing, {reentrant}": (
-        one(nn.Linear(5, 5), lambda self, x, how=reentrant: checkpoint(self.layer, x, use_reentrant=how)),
-        (4, 5), "'layer' (Linear)") for reentrant in (True, False)},
+        one(mlp((5, 5, 5), seed=0), lambda self, x, how=reentrant: checkpoint(self.layer, x, use_reentrant=how)),
+        (4, 5), "'layer.0' (Linear)") for reentrant in (True, False)},
     "random layer": (
         Made(lambda self, x: x * self.own * torch.rand_like(x), own=nn.Parameter(torch.ones(5))), (4, 5), "Made"),
 }  # fmt: skip
