@@ -4,15 +4,16 @@ data        MNIST-1D and its splits                  curves     what runs left, 
 gates       SGSC's gate and its relatives            training   `train`: stacks of runs on all cores, from the cache
 runs        one run as data                          search     `tune`: Optuna's searches
 engine      a stack of runs, step by step            parameters what a notebook's parameter may be
-cache       what was computed, by which code         results    result files and claims
-workers     processes, a cluster, the arithmetic     figures    captioned figures and tables
-measures    smoothness, the verdict on two arms      notebook   `begin`: a notebook's first cell
-                                                     testing    for the tests of a gate or rule of one's own
+cnn         a convolutional network, by `SGSC`       results    result files and claims
+cache       what was computed, by which code         figures    captioned figures and tables
+workers     processes, a cluster, the arithmetic     notebook   `begin`: a notebook's first cell
+measures    smoothness, the verdict on two arms      testing    for the tests of a gate or rule of one's own
 
-Trained bits depend on `engine` and what it imports; a change elsewhere costs no training.
+Cached runs depend on `engine` and `cnn` and what they import; a change elsewhere does not train them again.
 """
 
 from sgsc_study.cache import CACHE, ROOT
+from sgsc_study.cnn import mnist1d_cnn, train_cnn
 from sgsc_study.curves import Curves
 from sgsc_study.data import Dataset, draw_mnist1d, load_mnist1d
 from sgsc_study.figures import figure, table, with_interval

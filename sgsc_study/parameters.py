@@ -1,8 +1,8 @@
 """A notebook's parameters: what a value should be, by the type and the help that its parameters cell declares.
 
 A declaration is one line, `name: type = default  # help`. The help says the bounds in words, which papermill shows and
-this module reads: "at least 4", "a multiple of 10", "may be empty". Without a word an int is at least 1, a float at
-least 0, and text is not empty.
+this module reads: "at least 4", "a multiple of 10", "may be empty" or "empty: what that means". Without a word an int is
+at least 1, a float at least 0, and text is not empty.
 """
 
 import math
@@ -49,7 +49,7 @@ def check_bounds(value: Any, kind: str, said: str) -> None:
     least, multiple = re.search(r"at least (\d+(?:\.\d+)?)", said), re.search(r"a multiple of (\d+)", said)
     low = float(least[1] if least else "int" in kind)
     for item in value if isinstance(value, list) else [value]:
-        if isinstance(item, str) and not item and "empty" not in said:
+        if isinstance(item, str) and not item and not re.search(r"\bempty:|may be empty", said):
             raise ValueError("should not be empty. Found ''.")
         if isinstance(item, int | float) and not isinstance(item, bool) and item < low:
             raise ValueError(f"should be ≥ {low:g}. Found {item!r}.")
