@@ -1,8 +1,8 @@
 """A notebook's parameters: what a value should be, by the type and the help that its parameters cell declares.
 
 A declaration is one line, `name: type = default  # help`. The help says the bounds in words, which papermill shows and
-this module reads: "at least 4", "a multiple of 10", "may be empty" or "empty: what that means". Without a word an int is
-at least 1, a float at least 0, and text is not empty.
+this module reads: "at least 4", "a multiple of 10", "may be empty" or "empty: what that means". Without a word an int
+is at least 1, a float at least 0, and text is not empty.
 """
 
 import math
