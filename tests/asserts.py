@@ -61,8 +61,8 @@ def assert_consistency(c: dict[str, Tensor], per_sample: dict[str, Tensor]) -> i
     flips = 0
     for name, g in per_sample.items():
         assert c[name].shape == g.shape[1:] and ((c[name] >= 0) & (c[name] <= 1)).all(), name
-        off = ((c[name] - sign_consistency(g)).abs() * len(g)).round()
+        off = (c[name] - sign_consistency(g)).abs() * len(g)  # in samples
         doubtful = ((g != 0) & (g.abs() <= 100 * torch.finfo(g.dtype).eps * largest)).sum(0)
-        assert (off <= 2 * doubtful).all(), f"{name}: c differs where no per-sample gradient is near zero"
-        flips += int((off > 0).sum())
+        assert (off <= 2 * doubtful + 1e-3).all(), f"{name}: c differs where no per-sample gradient is near zero"
+        flips += int((off > 0.5).sum())
     return flips
