@@ -5,9 +5,11 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -150,7 +152,10 @@ def environment(root: Path) -> dict[str, str]:
 def start_build(root: Path, profile: str) -> subprocess.Popen:
     command = [sys.executable, root / "report/build.py", "--profile", profile]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=root, env=environment(root), **pipes)
+    heed = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # where these tests run in the background it is ignored
+    return subprocess.Popen(command, cwd=root, env=environment(root), preexec_fn=heed, **pipes)
 
 
 def run_build(root: Path, profile: str) -> dict[str, bytes]:
