@@ -15,7 +15,7 @@ def smoothness(loss: Any, *, window: int = 25, spike_threshold: float = 5.0) -> 
     - `total_rise`: Σ max(0, L_t − L_{t−1}), in units of the loss; 0 for a falling curve.
     - `upward_share`: the fraction of steps that rise.
     - `normalised_total_variation`: Σ|L_t − L_{t−1}| / (L_0 − L_{T−1}); 1 for a falling curve, NaN without a net fall.
-    - `roughness`: mean squared second difference of log L; NaN where the loss is not positive.
+    - `roughness`: mean squared second difference of log L (tables and figures show its root); NaN where L is not > 0.
     - `spike_count`: steps above the median of the `window` around them by `spike_threshold` robust deviations
       (1.4826 × the median absolute deviation in the same window); whole windows only, 0 for a monotone curve.
     - `lag1_autocorrelation`: of the changes L_t − L_{t−1}; negative where the loss oscillates from step to step.

@@ -152,9 +152,7 @@ def environment(root: Path) -> dict[str, str]:
 def start_build(root: Path, profile: str) -> subprocess.Popen:
     command = [sys.executable, root / "report/build.py", "--profile", profile]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    heed = partial(
-        signal.signal, signal.SIGINT, signal.SIG_DFL
-    )  # where these tests run in the background it is ignored
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job ignores it
     return subprocess.Popen(command, cwd=root, env=environment(root), preexec_fn=heed, **pipes)
 
 
