@@ -77,6 +77,7 @@ def test_a_build_refuses_damage_and_other_versions_before_anything_runs_and_a_wh
     before = page.read_bytes()
     for file, part, other, name in (
         ("raw.csv", b"3", b"4", "raw.csv"),
+        ("claims.csv", b"one", b"gone", "claims.csv"),
         ("manifest.json", b'"torch": "', b'"torch": "0.', "torch 0."),
         ("manifest.json", b'"results": {', b'"results": [', "manifest.json"),
     ):
@@ -85,6 +86,7 @@ def test_a_build_refuses_damage_and_other_versions_before_anything_runs_and_a_wh
         assert name in capsys.readouterr().err and page.read_bytes() == before
     assert build.main(["--profile", "toy"], toy) == 0
     manifest.check_results(results, manifest.read(results))
+    assert (results / "claims.csv").read_text() == "id\none\ntwo\n"
 
 
 def test_setting_the_clock_back_damages_no_file_and_training_is_told_of_the_build_that_trained_most(toy, monkeypatch):

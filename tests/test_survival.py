@@ -11,6 +11,7 @@ import time
 import warnings
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import build
 import nbformat
@@ -244,7 +245,8 @@ def test_a_dask_cluster_that_loses_a_worker_gives_the_same_bits(tmp_path):
     data, runs = load_mnist1d(), [Run(seed, 0.01, 0.25) for seed in range(24)]
     settings = {"epochs": 3, "stack_size": 1, "widths": (40, 32, 10)}
     expected, left = train(runs, data, **settings), []
-    with LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
+    own = patch.dict(os.environ)  # Dask sets the numbers of threads for all that this process starts later
+    with own, LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
         first, _ = client.run(os.getpid).values()
 
         def lose() -> None:
