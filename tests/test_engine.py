@@ -1,7 +1,6 @@
 """The engine: a stack computes, bit for bit, what each run computes alone, and what torch computes by other means."""
 
 import functools
-import math
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from study_inputs import CONTROLLED, DOUBLE, FRESH, RELATED, RUNS, SHORT, assert_same, shortly
 from test_gates import DEFINITIONS
 
-from sgsc_lib import SGSC, mlp, per_sample_gradients
+from sgsc_lib import mlp, per_sample_gradients
 from sgsc_study import Run
 from sgsc_study.engine import adam_step_, controlled, stream
 
@@ -32,59 +31,29 @@ def test_a_diverging_run_keeps_its_nans_and_does_not_disturb_its_neighbours():
     assert_same(shortly([quiet]), both, slice(1))
 
 
-def batches(run: Run, epochs: int = 3):
-    order = stream(run.seed, 1)
-    return (rows for _ in range(epochs) for rows in torch.randperm(len(X), generator=order).split(SHORT["batch_size"]))
-
-
-def by_hand(run: Run) -> list[float]:
-    """The same run by torch's own modules, torch.optim.Adam and SGSC: each step's loss, the last accuracy and loss."""
-    model, losses = mlp(SHORT["widths"], seed=run.seed).double(), []
-    optimizer, sgsc = torch.optim.Adam(model.parameters(), lr=run.lr), SGSC(model, run.gamma)
-    for rows in batches(run):
-        optimizer.zero_grad()
-        losses.append(F.cross_entropy(model(X[rows]), Y[rows]))
-        losses[-1].backward()
-        if run.placement == "before":
-            sgsc.scale_gradients_()
-            optimizer.step()
-        else:
-            with sgsc.scaled_update():
-                optimizer.step()
-    logits, labels = model(DOUBLE.x_test), DOUBLE.y_test
-    losses += [(logits.argmax(1) == labels).double().mean(), F.cross_entropy(logits, labels)]
-    return [loss.item() for loss in losses]
-
-
-@pytest.mark.parametrize("run", RUNS, ids=str)
-def test_training_equals_torchs_modules_and_optimiser_in_float64(run):
-    curves = shortly([run], DOUBLE, epochs=3, probe_size=96)
-    found = [*curves.step_loss[0], curves.test_accuracy[0, -1], curves.test_loss[0, -1]]
-    np.testing.assert_allclose(found, by_hand(run), rtol=1e-7)
-    np.testing.assert_allclose(curves.probe_loss[0, 2::3], curves.train_loss[0], rtol=1e-9)  # of all rows, after a step
-
-
 def by_reference(run: Run) -> list[float]:
-    """A run from per-sample gradients, torch.optim.AdamW and torch's scheduler: the loss of every step."""
+    """A run from per-sample gradients, torch.optim.AdamW and torch's scheduler: each step's loss, then of the test rows
+    the last accuracy and loss."""
     model, losses = mlp(SHORT["widths"], seed=run.seed).double(), []
-    parameters, steps = list(model.parameters()), 3 * math.ceil(len(X) / SHORT["batch_size"])
+    parameters, order = list(model.parameters()), stream(run.seed, 1)
+    batches = [b for _ in range(3) for b in torch.randperm(len(X), generator=order).split(SHORT["batch_size"])]
     optimizer = torch.optim.AdamW(parameters, lr=run.lr, weight_decay=run.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
     smoothed = functools.partial(F.cross_entropy, label_smoothing=run.label_smoothing)
-    for rows in batches(run):
+    for rows in batches:
         losses.append(smoothed(model(X[rows]), Y[rows]).item())
         per_sample = list(per_sample_gradients(model, X[rows], Y[rows], smoothed).values())
         before = [p.detach().clone() for p in parameters]
-        gated = [DEFINITIONS[run.gate](g, run.gamma) for g in per_sample] if run.gate in DEFINITIONS else None
+        gates = [DEFINITIONS[run.gate](g, run.gamma) for g in per_sample] if run.gate in DEFINITIONS else None
         for k, (p, g) in enumerate(zip(parameters, per_sample, strict=True)):
             p.grad = g.sign().mean(0).sign() if run.gate == "vote" else g.mean(0)
-            if gated and run.placement == "before":
-                p.grad *= gated[k]
+            if gates and run.placement == "before":
+                p.grad *= gates[k]
         optimizer.step()
         for k, (p, old) in enumerate(zip(parameters, before, strict=True)):
             update = p.detach() - old
-            if gated and run.placement == "after":
-                update *= gated[k]
+            if gates and run.placement == "after":
+                update *= gates[k]
             if run.gate == "cautious":
                 agrees = (update * p.grad < 0).double()
                 update *= agrees / agrees.mean().clamp(min=1e-3)
@@ -93,13 +62,16 @@ def by_reference(run: Run) -> list[float]:
             p.data = old + update
         if run.schedule == "cosine":
             schedule.step()
-    return losses
+    logits, labels = model(DOUBLE.x_test), DOUBLE.y_test
+    return [*losses, (logits.argmax(1) == labels).float().mean().item(), F.cross_entropy(logits, labels).item()]
 
 
-@pytest.mark.parametrize("run", RELATED, ids=str)
-def test_every_relative_and_remedy_trains_as_torch_does_it_from_per_sample_gradients(run):
-    found, tolerance = shortly([run], DOUBLE, epochs=3).step_loss[0], 1e-6 if run.gate == "snr" else 1e-8
-    np.testing.assert_allclose(found, by_reference(run), rtol=tolerance)
+@pytest.mark.parametrize("run", RUNS + RELATED, ids=str)
+def test_every_run_trains_as_torch_does_it_from_per_sample_gradients_in_float64(run):
+    curves = shortly([run], DOUBLE, epochs=3, probe_size=96)
+    found = [*curves.step_loss[0], curves.test_accuracy[0, -1], curves.test_loss[0, -1]]
+    np.testing.assert_allclose(found, by_reference(run), rtol=1e-6 if run.gate == "snr" else 1e-8)
+    np.testing.assert_allclose(curves.probe_loss[0, 2::3], curves.train_loss[0], rtol=1e-9)  # of all rows, after a step
 
 
 def test_gamma_zero_is_plain_adam_bit_for_bit():
