@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,19 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "report"))  # report/build.py is a script, not an installed module
 importlib.import_module("instructions")  # before NumPy
 MARK = "SGSC_TEST"  # an environment variable by which a test finds the processes that it set off
+
+
+@pytest.fixture(autouse=True)
+def settings():
+    """What a test sets of torch and of matplotlib is as before after it."""
+    import matplotlib.pyplot as plt
+    import torch
+
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    with plt.rc_context():
+        yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -162,6 +176,13 @@ def run_build(root: Path, profile: str) -> dict[str, bytes]:
     output, _ = process.communicate()
     assert process.returncode == 0, output[-8000:]
     return {path.name: path.read_bytes() for path in (root / "report/results" / profile).glob("*.csv")}
+
+
+def wait_for(condition, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return condition()
 
 
 @pytest.fixture(scope="session")

@@ -4,16 +4,12 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
-from contextlib import suppress
 
 import nbformat
 import pytest
-from conftest import ROOT
+from conftest import ROOT, wait_for
 
 pytestmark = pytest.mark.slow
 NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
@@ -22,13 +18,10 @@ NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """JupyterLab on a free port of this machine alone: a function from a notebook's name to its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     home, token = tmp_path_factory.mktemp("lab"), secrets.token_hex(16)
     shutil.copytree(ROOT / "notebooks", home / "notebooks")  # copies: JupyterLab saves what it shows
     own = {"JUPYTER_CONFIG_DIR": f"{home}/config", "JUPYTER_DATA_DIR": f"{home}/data", "IPYTHONDIR": f"{home}/ipython"}
-    options = f"""--no-browser --ip=127.0.0.1 --port={port} --allow-root --ServerApp.port_retries=0
+    options = f"""--no-browser --ip=127.0.0.1 --port=0 --allow-root
         --ServerApp.root_dir={home} --LabApp.news_url=None --LabServerApp.workspaces_dir={home}
         --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate"""
     command, log = [sys.executable, "-m", "jupyterlab", *options.split()], home / "log"
@@ -36,14 +29,9 @@ def lab(tmp_path_factory):
         environment = os.environ | own | {"JUPYTER_TOKEN": token}
         server = subprocess.Popen(command, env=environment, stdout=lines, stderr=subprocess.STDOUT)
     try:
-        for _ in range(900):
-            assert server.poll() is None, log.read_text()
-            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token={token}", timeout=5):
-                break
-            time.sleep(0.1)
-        else:
-            pytest.fail(f"JupyterLab did not start:\n{log.read_text()}")
-        yield lambda name: f"http://127.0.0.1:{port}/lab/tree/notebooks/{name}?token={token}&reset"
+        assert wait_for(lambda: "/lab?token=" in log.read_text() or server.poll() is not None, 90)
+        (address,) = re.findall(r"http://127\.0\.0\.1:\d+/lab", log.read_text())
+        yield lambda name: f"{address}/tree/notebooks/{name}?token={token}&reset"
     finally:
         server.terminate()
         server.wait(timeout=20)

@@ -1,7 +1,6 @@
 """`begin`: what a notebook's first cell checks and sets."""
 
 import matplotlib.pyplot as plt
-import optuna
 import pytest
 import torch
 
@@ -16,16 +15,6 @@ widths: list[int] = [40, 10]  # layer widths
 storage: str = ""  # URL of a database; empty: a file
 scheduler: str = ""  # address; empty: this machine
 """
-
-
-@pytest.fixture(autouse=True)
-def settings():
-    """What `begin` sets is as before after each test."""
-    threads, verbosity = torch.get_num_threads(), optuna.logging.get_verbosity()
-    with plt.rc_context():
-        yield
-    torch.set_num_threads(threads)
-    optuna.logging.set_verbosity(verbosity)
 
 
 def notebook(folder, injected: str = "", edited: str = "") -> dict:

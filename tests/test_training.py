@@ -61,11 +61,8 @@ def test_what_is_no_gate_is_refused_and_one_that_loses_the_loss_is_named(monkeyp
 def test_the_default_dtype_of_the_caller_does_not_matter(tmp_path):
     expected = shortly(RUNS, fresh=FRESH)
     torch.set_default_dtype(torch.float64)
-    try:
-        found = [shortly(RUNS, fresh=FRESH, n_jobs=n_jobs, cache=tmp_path / str(n_jobs)) for n_jobs in (1, 2)]
-    finally:
-        torch.set_default_dtype(torch.float32)
-    for curves in found:
+    for n_jobs in (1, 2):
+        curves = shortly(RUNS, fresh=FRESH, n_jobs=n_jobs, cache=tmp_path / str(n_jobs))
         assert_same(curves, expected)
         assert curves.step_loss.dtype == np.float32 and np.isfinite(curves.train_loss).all()
 

@@ -4,10 +4,10 @@ import os
 import platform
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
+from conftest import wait_for
 from study_inputs import RUNS, assert_same, shortly
 
 from sgsc_study import GATES, parallel
@@ -20,18 +20,13 @@ def settings_of(k: int, caller: int) -> tuple:
 
 @pytest.mark.parametrize("n_jobs", [1, 2])
 def test_tasks_come_back_in_order_from_one_thread_and_the_caller_keeps_its_settings(n_jobs):
-    threads = torch.get_num_threads()
     torch.set_num_threads(3)
     torch.set_default_dtype(torch.float64)
-    try:
-        found = parallel(settings_of, [(k, os.getpid()) for k in range(7)], n_jobs=n_jobs)
-        with pytest.raises(ZeroDivisionError):
-            parallel(divmod, [(1, 1), (1, 0)], n_jobs=1)
-        assert parallel(settings_of, [], n_jobs=n_jobs) == []
-        assert (torch.get_num_threads(), torch.get_default_dtype()) == (3, torch.float64)
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(torch.float32)
+    found = parallel(settings_of, [(k, os.getpid()) for k in range(7)], n_jobs=n_jobs)
+    with pytest.raises(ZeroDivisionError):
+        parallel(divmod, [(1, 1), (1, 0)], n_jobs=1)
+    assert parallel(settings_of, [], n_jobs=n_jobs) == []
+    assert (torch.get_num_threads(), torch.get_default_dtype()) == (3, torch.float64)
     assert found == [(k, n_jobs == 1, 1, torch.float32) for k in range(7)]
 
 
@@ -92,7 +87,4 @@ def test_a_worker_ends_with_the_process_it_works_for_whatever_it_waits_for():
     wait += "; print(os.getpid(), flush=True); time.sleep(60)"
     work = f"subprocess.Popen([sys.executable, '-c', {wait!r}], stdout=-1).stdout.readline()"
     worker = int(subprocess.check_output([sys.executable, "-c", f"import subprocess, sys; print(int({work}))"]))
-    deadline = time.monotonic() + 15
-    while os.path.exists(f"/proc/{worker}") and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not os.path.exists(f"/proc/{worker}")
+    assert wait_for(lambda: not os.path.exists(f"/proc/{worker}"), 15)
