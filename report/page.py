@@ -187,7 +187,8 @@ def number(html: str) -> dict[str, Any]:
 
 
 def explorer(curves_csv: Path) -> dict[str, Any]:
-    """Return what the explorer draws: the grid's `gammas` and `rates`, and `json` with every cell's curves by epoch."""
+    """Return what the explorer draws: `rates` of Adam, `seeds` of a cell, and `json` with each placement's values of γ
+    and of the learning rate, and every cell's curves by epoch."""
     frame = pd.read_csv(curves_csv)
     cells = {}
     for (placement, gamma, lr), cell in frame.sort_values("epoch").groupby(["placement", "gamma", "lr"]):
@@ -195,11 +196,17 @@ def explorer(curves_csv: Path) -> dict[str, Any]:
             [float(f"{value:.4g}") if pd.notna(value) else None for value in cell[column]]
             for column in ("train_loss_mean", "train_loss_std", "test_accuracy_mean", "test_accuracy_std")
         ]
-    text = json.dumps({"cells": cells}, separators=(",", ":"), allow_nan=False)
+    grid = {
+        placement: {
+            "gammas": [f"{gamma:g}" for gamma in sorted({0.0, *gated["gamma"]})],
+            "rates": [f"{lr:g}" for lr in sorted(set(gated["lr"]))],
+        }
+        for placement, gated in frame[frame["gamma"] > 0].groupby("placement")
+    }
+    text = json.dumps({"cells": cells, "grid": grid}, separators=(",", ":"), allow_nan=False)
     return {
-        "gammas": [f"{gamma:g}" for gamma in sorted(frame["gamma"].unique())],
-        "rates": [f"{lr:g}" for lr in sorted(frame["lr"].unique())],
-        "seeds": int(frame["n"].max()),
+        "rates": [f"{lr:g}" for lr in sorted(frame.loc[frame["gamma"] == 0, "lr"].unique())],
+        "seeds": " to ".join(str(n) for n in sorted({frame["n"].min(), frame["n"].max()})),
         "json": text.replace("<", "\\u003c"),  # nothing in it can end the script element that carries it
     }
 
@@ -221,7 +228,7 @@ def render(executed: dict[str, Path], manifest: dict[str, Any], data: list[Path]
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(pypandoc.get_pandoc_path()), os.environ.get("PATH", "")])
     read = {path.name: path for path in data}
     styles, scripts = [TEMPLATE / "page.css"], [[TEMPLATE / "page.js"]]
-    if curves := read.get("factorial_curves.csv"):
+    if curves := read.get("bank_curves.csv"):
         styles.insert(0, UPLOT / "uPlot.min.css")
         scripts.append([UPLOT / "LICENSE", UPLOT / "uPlot.iife.min.js", TEMPLATE / "explorer.js"])
     page = {

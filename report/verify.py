@@ -26,6 +26,7 @@ import pandas as pd
 from manifest import BuildError, check_results, code_sha256, command, environment, read, restore
 from plan import Place
 
+from sgsc_study.bank import CELL
 from sgsc_study.cache import ROOT
 from sgsc_study.data import draw_mnist1d, load_mnist1d
 from sgsc_study.runs import Run
@@ -34,8 +35,7 @@ from sgsc_study.training import train
 # With other instructions for the same sums (MKL_CBWR=COMPATIBLE, ATEN_CPU_CAPABILITY=default) the committed study's
 # final accuracies moved by 3.5 points at most, 1 on average.
 ONE_RUN, ON_AVERAGE = 0.06, 0.02
-ACCURACIES = ["final_test_accuracy", "final_valid_accuracy", "fresh_accuracy"]
-FIELDS = ["seed", "lr", "gamma", "placement"]
+ACCURACIES = ["test_accuracy", "valid_accuracy", "fresh_accuracy"]
 
 
 def verify_runs(place: Place, manifest: dict[str, Any]) -> bool:
@@ -46,11 +46,12 @@ def verify_runs(place: Place, manifest: dict[str, Any]) -> bool:
     settings = {name: ast.literal_eval(text) for name, text in ran["defaults"].items()} | ran["parameters"]
     table = pd.read_csv(place.results / "evaluation.csv")
     table = table.groupby("arm", sort=False).head(1).reset_index(drop=True)
-    runs = [Run(*fields) for fields in table[FIELDS].to_numpy().tolist()]
+    fields = ["seed", *CELL]
+    runs = [Run(*row) for row in table[fields].itertuples(index=False)]
     kept = {name: settings[name] for name in ("epochs", "batch_size", "widths", "probe_size")}
     fresh = draw_mnist1d(settings["fresh_samples"], seed=43)
     found = train(runs, load_mnist1d(), fresh=fresh, stack_size=4, **kept).final()
-    numbers = [name for name in found if name in table and name not in FIELDS]
+    numbers = [name for name in found if name in table and name not in fields]
     same = [np.array_equal(found[n], table[n].astype(found[n].dtype), equal_nan=True) for n in numbers]
     what = f"{len(found)} whole runs (the first seed of each arm of evaluation.csv), {len(numbers)} numbers each:"
     if all(same):

@@ -3,7 +3,6 @@
 It stands apart from `runs`, so that another measure of smoothness costs no training.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -11,13 +10,6 @@ import pandas as pd
 
 from sgsc_study.measures import smoothness
 from sgsc_study.runs import EPOCH_CURVES, Run
-
-
-def _fields_of(runs: Sequence[Run]) -> pd.DataFrame:
-    """One row a run: seed, learning rate, γ, placement, and each other field that is not its default in all of them."""
-    frame = pd.DataFrame([asdict(run) for run in runs])
-    usual = asdict(Run(seed=0, lr=1.0))
-    return frame[[name for name in usual if name in list(usual)[:4] or (frame[name] != usual[name]).any()]]
 
 
 @dataclass
@@ -52,33 +44,28 @@ class Curves:
 
         >>> from sgsc_study import load_mnist1d, train
         >>> train([Run(0, lr=0.01)], load_mnist1d(100), epochs=2, batch_size=16, widths=(40, 10)).frame().shape
-        (2, 11)
+        (2, 16)
         """
         n_runs, n_evaluated = self.train_loss.shape
-        runs = _fields_of(self.runs).loc[np.repeat(np.arange(n_runs), n_evaluated)]
+        runs = pd.DataFrame([asdict(run) for run in self.runs]).loc[np.repeat(np.arange(n_runs), n_evaluated)]
         runs = runs.reset_index(drop=True).assign(epoch=np.tile(self.evaluated, n_runs))
         return runs.assign(**{name: getattr(self, name).ravel() for name in EPOCH_CURVES})
 
     def final(self) -> pd.DataFrame:
-        """Tidy: one row a run, with the run's fields, last and best test accuracy, last losses, the fresh sample's
-        accuracy and loss, and every smoothness measure of the training loss by epoch (`epoch_*`, where every epoch was
-        evaluated) and, where a probe batch was recorded, of the probe loss by step (`probe_*`).
+        """Tidy: one row a run, with the run's fields, what the last epoch gave, the fresh sample's accuracy, the mean
+        test accuracy of the last 5 evaluated epochs, every smoothness measure of the training loss by epoch (`epoch_*`,
+        where every epoch was evaluated) and, where a probe batch was recorded, of the probe loss by step (`probe_*`).
 
         >>> from sgsc_study import load_mnist1d, train
         >>> curves = train([Run(0, lr=0.01)], load_mnist1d(100), epochs=4, batch_size=16, widths=(40, 10))
         >>> curves.final().filter(like="roughness").columns.tolist()
         ['epoch_roughness']
         """
-        frame = _fields_of(self.runs).assign(
-            final_test_accuracy=self.test_accuracy[:, -1],
-            best_test_accuracy=self.test_accuracy.max(1),
-            final_test_loss=self.test_loss[:, -1],
-            final_train_loss=self.train_loss[:, -1],
-            final_valid_accuracy=self.valid_accuracy[:, -1],
-            final_valid_loss=self.valid_loss[:, -1],
-            fresh_accuracy=self.fresh_accuracy,
-            fresh_loss=self.fresh_loss,
-        )
+        last = {name: getattr(self, name)[:, -1] for name in EPOCH_CURVES if name != "train_accuracy"}
+        last |= {"fresh_accuracy": self.fresh_accuracy, "late_test_accuracy": self.test_accuracy[:, -5:].mean(1)}
+        frame = pd.DataFrame([asdict(run) for run in self.runs]).assign(**last)
+        for name in frame.filter(like="accuracy"):  # shares of whole rows, as short decimals
+            frame[name] = frame[name].astype(np.float64).round(6)
         by_epoch = self.train_loss if len(self.evaluated) == self.evaluated[-1] else self.train_loss[:, :0]
         for kind, loss in (("epoch", by_epoch), ("probe", self.probe_loss)):
             if loss.shape[1] >= 4:

@@ -1,9 +1,11 @@
 """What is measured on runs: the smoothness of a loss curve, and the verdict on two paired arms."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import scipy.stats
 
 from sgsc_lib import check
@@ -15,7 +17,7 @@ def smoothness(loss: Any, *, window: int = 25, spike_threshold: float = 5.0) -> 
     - `total_rise`: Σ max(0, L_t − L_{t−1}), in units of the loss; 0 for a falling curve.
     - `upward_share`: the fraction of steps that rise.
     - `normalised_total_variation`: Σ|L_t − L_{t−1}| / (L_0 − L_{T−1}); 1 for a falling curve, NaN without a net fall.
-    - `roughness`: mean squared second difference of log L (tables and figures show its root); NaN where L is not > 0.
+    - `roughness`: root mean square of the second differences of log L; NaN where L is not > 0.
     - `spike_count`: steps above the median of the `window` around them by `spike_threshold` robust deviations
       (1.4826 × the median absolute deviation in the same window); whole windows only, 0 for a monotone curve.
     - `lag1_autocorrelation`: of the changes L_t − L_{t−1}; negative where the loss oscillates from step to step.
@@ -43,7 +45,7 @@ def smoothness(loss: Any, *, window: int = 25, spike_threshold: float = 5.0) -> 
             "total_rise": np.maximum(change, 0).sum(-1),
             "upward_share": (change > 0).mean(-1),
             "normalised_total_variation": np.where(fall > 0, np.abs(change).sum(-1) / fall, np.nan),
-            "roughness": (np.diff(np.log(positive), n=2) ** 2).mean(-1),
+            "roughness": np.sqrt((np.diff(np.log(positive), n=2) ** 2).mean(-1)),
             "spike_count": _spikes(safe, window, spike_threshold).sum(-1).astype(float),
             "lag1_autocorrelation": (centred[..., 1:] * centred[..., :-1]).sum(-1) / variance,
         }
@@ -119,23 +121,43 @@ def compare_paired(a: Any, b: Any, *, margin: float) -> PairedComparison:
     effect = mean / deviation if deviation else math.copysign(math.inf, mean) if mean else 0.0
     ends = mean - half95, mean + half95, mean - half90, mean + half90
     greater = (wins + ties / 2) / n, float(wilson[0].low), float(wilson[1].high)
-    if -margin < mean - half90 and mean + half90 < margin:
-        verdict = "equivalent"
-    elif abs(mean) > half95:
-        verdict = "better" if mean > 0 else "worse"
-    else:
-        verdict = "inconclusive"
+    verdict = verdict_of(ends[:2], ends[2:], margin)
     return PairedComparison(n, mean, *ends, float(flips.pvalue), *greater, effect, correlation, margin, verdict)
 
 
-def t_comparison(test: Any, *, estimate: float, n: int, reference: float = 0.0) -> dict[str, Any]:
-    """A t test of `scipy.stats` as a comparison: "better" where its 95 % interval is above `reference`, "worse" below.
+def verdict_of(ci95: tuple[float, float], ci90: tuple[float, float], margin: float) -> str:
+    """The verdict on a difference by its 95 % and 90 % intervals; the order and the rule are `compare_paired`'s."""
+    if -margin < ci90[0] and ci90[1] < margin:
+        return "equivalent"
+    return "better" if ci95[0] > 0 else "worse" if ci95[1] < 0 else "inconclusive"
+
+
+def in_halves(compare: Callable[..., Any], *values: Any, **how: Any) -> list[Any]:
+    """What `compare` finds of values by seed, seeds on the last axis: of all, of the even ones and of the odd ones.
+
+    A finding that is not of the same kind in both halves is no headline.
+
+    >>> [found.n for found in in_halves(compare_paired, np.arange(5.0), np.zeros(5), margin=1)]
+    [5, 3, 2]
+    """
+
+    def of_seeds(value: Any, start: int) -> Any:
+        return value.iloc[:, start::2] if isinstance(value, pd.DataFrame) else np.asarray(value)[..., start::2]
+
+    parts = [values, *([of_seeds(value, start) for value in values] for start in (0, 1))]
+    return [compare(*part, **how) for part in parts]
+
+
+def judged(
+    estimate: float, interval: tuple[float, float], *, n: int, p: float, reference: float = 0.0
+) -> dict[str, Any]:
+    """An estimate with its 95 % interval as a comparison: "better" where that is above `reference`, "worse" below.
 
     Returns the fields that `sgsc_study.results.claim` takes.
 
-    >>> t_comparison(scipy.stats.ttest_1samp([1.0, 2.0, 3.0, 2.5], 0.0), estimate=2.125, n=4)["verdict"]
+    >>> judged(0.31, (0.2, 0.4), n=100, p=0.001, reference=0.05)["verdict"]
     'better'
     """
-    low, high = test.confidence_interval()
+    low, high = interval
     verdict = "better" if low > reference else "worse" if high < reference else "inconclusive"
-    return {"n": n, "mean_difference": estimate, "ci_low": low, "ci_high": high, "p": test.pvalue, "verdict": verdict}
+    return {"n": n, "mean_difference": estimate, "ci_low": low, "ci_high": high, "p": p, "verdict": verdict}

@@ -56,30 +56,41 @@ def write_table(frame: pd.DataFrame, path: Path) -> None:
 
 # fmt: off
 CLAIM_COLUMNS = (
-    "id", "claim", "source", "setting", "measure", "n", "estimate", "ci_low", "ci_high", "p", "verdict", "notebook",
-    "figure",
+    "id", "claim", "source", "setting", "measure", "n", "estimate", "ci_low", "ci_high", "p", "verdict", "half_a",
+    "half_b", "notebook", "figure",
 )
 # fmt: on
 
 
 def claim(
-    identity: str, text: str, found: Any, *, source: str, setting: str, measure: str, figure: str, agrees: str = ""
+    identity: str,
+    text: str,
+    found: Sequence[Any],
+    *,
+    source: str,
+    setting: str,
+    measure: str,
+    figure: str,
+    agrees: str = "",
 ) -> dict[str, Any]:
-    """A row of claims.csv from what a comparison `found`: its n, mean difference, interval, p and verdict.
+    """A row of claims.csv from what a comparison `found` on all seeds and on either half of them, as `in_halves` gives.
 
-    Of a claim of the card, `agrees` is the verdict, "better" or "worse", that confirms it; the other contradicts it.
+    The row has the first one's n, mean difference, interval, p and verdict, and the verdicts of the halves. Of a claim
+    that can be right or wrong, `agrees` is the verdict, "better" or "worse", that confirms it; the other contradicts.
 
-    >>> from sgsc_study.measures import compare_paired
-    >>> found = compare_paired([3.0, 4.0, 5.0], [1.0, 2.0, 3.5], margin=0.1)
+    >>> from sgsc_study.measures import compare_paired, in_halves
+    >>> found = in_halves(compare_paired, [3.0, 4.0, 5.0, 4.5], [1.0, 2.0, 3.5, 2.5], margin=0.1)
     >>> about = {"source": "card", "setting": "tuned", "measure": "difference", "figure": "arms"}
-    >>> claim("1", "SGSC is lower", found, agrees="worse", **about)["verdict"]
-    'contradicted'
+    >>> row = claim("1", "SGSC is lower", found, agrees="worse", **about)
+    >>> row["verdict"], row["half_a"]
+    ('contradicted', 'inconclusive')
     """
-    row = found._asdict() if hasattr(found, "_asdict") else found
     card = {"better": "contradicted", "worse": "contradicted", agrees: "confirmed"} if agrees else {}
+    rows = [row._asdict() if hasattr(row, "_asdict") else row for row in found]
     about = {"id": identity, "claim": text, "source": source, "setting": setting, "measure": measure, "figure": figure}
-    shown = {name: row[name] for name in ("n", "ci_low", "ci_high", "p")} | {"estimate": row["mean_difference"]}
-    return about | shown | {"verdict": card.get(row["verdict"], row["verdict"])}
+    shown = {name: rows[0][name] for name in ("n", "ci_low", "ci_high", "p")} | {"estimate": rows[0]["mean_difference"]}
+    verdicts = [card.get(row["verdict"], row["verdict"]) for row in rows]
+    return about | shown | dict(zip(("verdict", "half_a", "half_b"), verdicts, strict=True))
 
 
 def write_claims(rows: Sequence[Mapping[str, Any]], folder: Path, *, notebook: str) -> pd.DataFrame:
@@ -92,7 +103,7 @@ def write_claims(rows: Sequence[Mapping[str, Any]], folder: Path, *, notebook: s
     ...     write_claims([{"id": "C1", "claim": "no other columns"}], Path(folder), notebook="03")
     Traceback (most recent call last):
     ValueError: claims should have the columns ('id', 'claim', 'source', 'setting', 'measure', 'n', 'estimate', \
-'ci_low', 'ci_high', 'p', 'verdict', 'notebook', 'figure'). Found ('id', 'claim', 'notebook').
+'ci_low', 'ci_high', 'p', 'verdict', 'half_a', 'half_b', 'notebook', 'figure'). Found ('id', 'claim', 'notebook').
     """
     path, own = folder / "claims.csv", pd.DataFrame([{**row, "notebook": notebook} for row in rows])
     if set(own.columns) != set(CLAIM_COLUMNS):

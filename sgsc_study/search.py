@@ -1,24 +1,25 @@
-"""Search hyperparameters with Optuna: independent TPE studies, in lockstep, so that their runs fill stacks.
+"""Search hyperparameters with Optuna: on real training, or thousands of times on the stored runs of a bank.
 
-A search keeps no state of its own: begun again, it asks the same questions, and the cache of runs answers those that
-were answered before. Its study is written down for whoever wants to look at it, and never read.
+A search on real training keeps no state of its own: begun again, it asks the same questions, and the cache of runs
+answers those that were answered before. Its study is written down for whoever wants to look at it, and never read.
 """
 
 import hashlib
-import itertools
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pandas as pd
 from filelock import FileLock
-from optuna.distributions import BaseDistribution, distribution_to_json
+from optuna.distributions import BaseDistribution, FloatDistribution, distribution_to_json
+from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
@@ -28,13 +29,18 @@ from sgsc_study.data import Dataset, sha256_of
 from sgsc_study.runs import Run
 from sgsc_study.training import train
 
+SAMPLERS: dict[str, Callable[..., BaseSampler]] = {
+    "TPE": optuna.samplers.TPESampler,
+    "random": optuna.samplers.RandomSampler,
+    "GP": optuna.samplers.GPSampler,
+}
+
 
 def tune(
     arms: Mapping[str, Mapping[str, Any]],
     data: Dataset,
     *,
     study: str,
-    n_studies: int = 1,
     n_trials: int = 24,
     ask_batch: int = 8,
     n_seeds: int = 1,
@@ -46,10 +52,9 @@ def tune(
 ) -> pd.DataFrame:
     """Search every arm's space for the best final validation accuracy; one tidy row a trial, its `Run` fields included.
 
-    An arm is {field of `Run`: Optuna distribution to search, or value to keep}. Each arm has `n_studies` independent
-    TPE studies of `n_trials` trials; a trial's value is a mean over `n_seeds` seeds. All studies advance together,
-    `ask_batch` trials at a time. `settings` go to `train`. Returns the columns `arm`, `study`, `trial` (0, 1, … in
-    order), `seed` (its first), the fields, and `valid_accuracy`.
+    An arm is {field of `Run`: Optuna distribution to search, or value to keep}. Each arm has a TPE study of `n_trials`
+    trials; a trial's value is a mean over `n_seeds` seeds. All studies advance together, `ask_batch` trials at a time.
+    `settings` go to `train`. Returns the columns `arm`, `trial` (0, 1, … in order), the fields, and `valid_accuracy`.
 
     The studies are written to a journal file in the folder `cache`, or to the database at the URL `storage`, where
     Optuna's dashboard shows them while they grow; one that was there under the same name, which ends with a hash of
@@ -63,9 +68,9 @@ def tune(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     trials = tune(arms, load_mnist1d(500), study="example", n_trials=4, cache=folder, **small)
     >>> list(trials.columns), len(trials)
-    (['arm', 'study', 'trial', 'seed', 'gamma', 'lr', 'valid_accuracy'], 4)
+    (['arm', 'trial', 'gamma', 'lr', 'valid_accuracy'], 4)
     """
-    numbers = {"n_studies": n_studies, "n_trials": n_trials, "ask_batch": ask_batch, "n_seeds": n_seeds}
+    numbers = {"n_trials": n_trials, "ask_batch": ask_batch, "n_seeds": n_seeds}
     for name, value in numbers.items():
         check(name, value, int, low=1)
     if not len(data.x_valid):
@@ -74,32 +79,70 @@ def tune(
     kept = {arm: {f: value for f, value in space.items() if f not in searched[arm]} for arm, space in arms.items()}
     with _storage(storage, Path(cache) / "tuning" / f"{study}.journal") as opened:
         studies = {}
-        for arm, k in itertools.product(arms, range(n_studies)):
+        for arm in arms:
             space = {f: distribution_to_json(d) for f, d in searched[arm].items()}
             depends = json.dumps([sha256_of(*data), settings, numbers, first_seed, space, kept[arm]], default=str)
-            name = f"{study}, {arm}, {k}, {hashlib.sha256(depends.encode()).hexdigest()[:8]}"
+            name = f"{study}, {arm}, {hashlib.sha256(depends.encode()).hexdigest()[:8]}"
             with suppress(KeyError):
                 optuna.delete_study(study_name=name, storage=opened)
-            studies[arm, k] = optuna.create_study(study_name=name, storage=opened, direction="maximize")
+            studies[arm] = optuna.create_study(study_name=name, storage=opened, direction="maximize")
         for done in range(0, n_trials, ask_batch):
             asked = []
-            for s, ((arm, k), each) in enumerate(studies.items()):
+            for s, (arm, each) in enumerate(studies.items()):
                 each.sampler = optuna.samplers.TPESampler(seed=1_000 * s + done)
                 batch = [each.ask(searched[arm]) for _ in range(min(ask_batch, n_trials - done))]
-                asked += [(k, each, trial.number, kept[arm] | trial.params) for trial in batch]
-            runs = [Run(seed=first_seed + 100 * k + i, **fields) for k, _, _, fields in asked for i in range(n_seeds)]
+                asked += [(each, trial.number, kept[arm] | trial.params) for trial in batch]
+            runs = [Run(seed=first_seed + i, **fields) for _, _, fields in asked for i in range(n_seeds)]
             label = f"{progress}, {len(studies) * (n_trials - done)} trials left" if progress else None
             curves = train(runs, data, evaluate_every=sys.maxsize, cache=cache, progress=label, **settings)
             scores = curves.valid_accuracy[:, -1].reshape(-1, n_seeds).mean(1)
-            for (_, each, number, _), score in zip(asked, scores, strict=True):
+            for (each, number, _), score in zip(asked, scores, strict=True):
                 each.tell(number, float(score))
         rows = [
-            {"arm": arm, "study": k, "trial": trial.number, "seed": first_seed + 100 * k}
-            | {**kept[arm], **trial.params, "valid_accuracy": trial.value}
-            for (arm, k), each in studies.items()
+            {"arm": arm, "trial": trial.number} | {**kept[arm], **trial.params, "valid_accuracy": trial.value}
+            for arm, each in studies.items()
             for trial in each.get_trials(deepcopy=False)
         ]
     return pd.DataFrame(rows)
+
+
+def search_stored(
+    cells: Sequence[tuple[float, float]],
+    scores: Sequence[Sequence[float]],
+    sampler: str,
+    n_trials: int,
+    n_seeds: int,
+    gamma_high: float,
+    seeds: Sequence[int],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Search a bank as a tabular benchmark (Klein & Hutter, arXiv 1905.04970), once for each of `seeds`.
+
+    `cells` are (learning rate, γ), `scores` each cell's stored validation accuracies. Optuna's `sampler` ("TPE",
+    "random" or "GP") asks in the log of the learning rate, over the range that the cells have, and, unless `gamma_high`
+    is 0, in γ from 0 to that. The nearest cell (of the nearest γ, that with the nearest rate) answers with the mean of
+    `n_seeds` of its runs, drawn with replacement. Returns each trial's cell, int [searches, n_trials], and value.
+
+    >>> found = search_stored([(0.01, 0.0), (0.1, 0.0)], [[0.6], [0.5]], "TPE", 10, 1, 0.0, range(3))
+    >>> found[1].max(1)
+    array([0.6, 0.6, 0.6])
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    rates, gammas = np.array(cells).T
+    space: dict[str, BaseDistribution] = {"lr": FloatDistribution(rates.min(), rates.max(), log=True)}
+    space |= {"gamma": FloatDistribution(0.0, gamma_high)} if gamma_high else {}
+    found = []
+    for seed in seeds:
+        study, draw = optuna.create_study(direction="maximize"), np.random.default_rng(seed)
+        study.sampler = SAMPLERS[sampler](seed=seed)
+        for _ in range(n_trials):
+            trial = study.ask(space)
+            away = np.abs(gammas - trial.params.get("gamma", 0.0))
+            cell = int(np.where(away == away.min(), np.abs(np.log(rates / trial.params["lr"])), np.inf).argmin())
+            value = float(draw.choice(scores[cell], n_seeds).mean())
+            study.tell(trial, value)
+            found.append((cell, value))
+    trials = np.array(found).reshape(len(seeds), n_trials, 2)
+    return trials[..., 0].astype(int), trials[..., 1]
 
 
 @contextmanager

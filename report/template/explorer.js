@@ -1,8 +1,8 @@
-// The explorer: two cells of the factorial against each other, drawn by uPlot. Form controls choose, the status line tells.
+// The explorer: two cells of the bank against each other, drawn by uPlot. Form controls choose, the status line tells.
 (() => {
   const box = document.getElementById('explorer');
   if (!box) return;
-  const { cells } = JSON.parse(document.getElementById('explorer-data').textContent);
+  const { cells, grid } = JSON.parse(document.getElementById('explorer-data').textContent);
   const [LOSS, ACCURACY] = [0, 2]; // where a cell has a curve's means; its standard deviations come right after
   const gamma = box.querySelector('#explorer-gamma'), rate = box.querySelector('#explorer-rate');
   const adam = box.querySelector('#explorer-adam'), status = box.querySelector('[role=status]');
@@ -10,11 +10,13 @@
 
   const all = (curve) => Object.values(cells).flatMap((cell) => cell[curve]).filter((value) => value > 0);
   const ends = Object.fromEntries([LOSS, ACCURACY].map((k) => [k, [Math.min(...all(k)), Math.max(...all(k))]])); // fixed axes
-  const value = (slider) => slider.dataset.values.split(' ')[slider.value];
+  const placed = () => box.querySelector('[name=placement]:checked').value;
+  const values = (slider) => grid[placed()][slider.dataset.of];
+  const value = (slider) => values(slider)[slider.value];
   const cell = (placement, g, lr) => cells[`${g === '0' ? 'before' : placement} ${g} ${lr}`]; // γ = 0 has no placement
 
   function chosen() {
-    const placement = box.querySelector('[name=placement]:checked').value, lr = value(rate), adamRate = adam.value || lr;
+    const placement = placed(), lr = value(rate), adamRate = adam.value || lr;
     return {
       sgsc: { curves: cell(placement, value(gamma), lr), name: `SGSC (${placement} Adam, γ = ${value(gamma)}, learning rate ${lr})` },
       adam: { curves: cell('before', '0', adamRate), name: `Adam (learning rate ${adamRate})` },
@@ -51,6 +53,7 @@
     hooks: { setCursor: [(plot) => { if (plot.cursor.event) tell(epochs[plot.cursor.idx ?? epochs.length - 1]); }] },
   }, data(curve), target);
 
+  place();
   box.querySelector('.tool').hidden = false;
   const targets = [...box.querySelectorAll('.plots > div')];
   const plots = [draw(LOSS, 'training loss (nats, log scale)', targets[0]), draw(ACCURACY, 'test accuracy', targets[1])];
@@ -67,7 +70,14 @@
     plots.forEach((plot, k) => plot.setData(data([LOSS, ACCURACY][k])));
     tell(epochs.length);
   }
-  box.addEventListener('input', update);
+  function place() { // each placement has a grid of its own: the largest γ, a middle learning rate
+    for (const [slider, where] of [[gamma, 1], [rate, 0.5]]) {
+      slider.max = values(slider).length - 1;
+      slider.value = Math.floor(slider.max * where);
+    }
+  }
+  box.addEventListener('change', (event) => { if (event.target.name === 'placement') { place(); update(); } });
+  box.addEventListener('input', (event) => { if (event.target.name !== 'placement') update(); });
   update();
 
   const recolour = () => plots.forEach((plot) => plot.redraw());

@@ -1,0 +1,168 @@
+"""A bank: a grid of cells, each trained on seeds of its own, every run kept; and what it says is best.
+
+It tunes by measuring the surface, not by drawing a search: the winner of a short search is a random variable, whose
+spread no number of evaluation seeds removes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from sgsc_lib import check
+from sgsc_study.data import Dataset
+from sgsc_study.measures import verdict_of
+from sgsc_study.runs import Run
+from sgsc_study.training import train
+
+CELL = [field.name for field in fields(Run) if field.name != "seed"]  # a cell is a Run without its seed
+# How far below its arm's leader a cell's mean validation accuracy may be after each round, to run the next: 4 points
+# after 2 seeds, 1.5 after 8. A run's standard deviation is about 1.5 points near an optimum.
+MARGINS = (0.04, 0.015)
+
+
+def race(
+    arms: Mapping[str, Sequence[Run]],
+    data: Dataset,
+    *,
+    rounds: Sequence[int] = (2, 8, 24),
+    first_seed: int = 10_000,
+    progress: str | None = None,
+    **settings: Any,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Train every arm's cells in rounds, on more and more seeds, in later rounds only those that could still be best.
+
+    A cell is given as a `Run`, whose own seed is not used; all have `first_seed`, `first_seed` + 1, … in common. A cell
+    that has had a round's number of seeds goes to the next round, of three at most, if its mean validation accuracy is
+    within the round's margin (`MARGINS`) of that of the best cell of an arm that has it. Arms may share cells, as SGSC
+    with γ = 0 is Adam. `settings` go to `train`. Returns two tables: `Curves.final` of all runs, with the column `arm`
+    in front, the first arm that has the cell; and `Curves.frame`. Raises ValueError for rounds that do not grow and for
+    data without validation rows.
+
+    >>> from sgsc_study import load_mnist1d
+    >>> small = {"epochs": 4, "widths": (40, 10), "n_jobs": 1, "rounds": [2, 4]}
+    >>> bank, _ = race({"Adam": [Run(0, lr) for lr in (1e-5, 0.1)]}, load_mnist1d(500), **small)
+    >>> bank.groupby("lr").size().tolist()
+    [2, 4]
+    """
+    if not len(data.x_valid):
+        raise ValueError("`data` should have validation rows, on which cells are judged. Found none.")
+    counts = [0, *(check("rounds", n, int, low=1) for n in rounds)]
+    if counts != sorted(set(counts)) or len(rounds) > len(MARGINS) + 1:
+        raise ValueError(f"`rounds` should be at most {len(MARGINS) + 1} growing numbers of seeds. Found {rounds}.")
+    pools = {arm: [replace(cell, seed=0) for cell in cells] for arm, cells in arms.items()}
+    arm_of = {cell: arm for arm, pool in reversed(pools.items()) for cell in pool}
+    running, done, bank = list(dict.fromkeys(cell for pool in pools.values() for cell in pool)), 0, pd.DataFrame()
+    by_epoch = []
+    for n_seeds, margin in zip(rounds, (*MARGINS, 0.0), strict=False):
+        runs = [replace(cell, seed=first_seed + k) for cell in running for k in range(done, n_seeds)]
+        label = progress and f"{progress}, {len(running)} cells to {n_seeds} seeds"
+        curves = train(runs, data, progress=label, **settings)
+        by_epoch.append(curves.frame())
+        found = curves.final()
+        found.insert(0, "arm", [arm_of[replace(run, seed=0)] for run in runs])
+        bank = pd.concat([bank, found], ignore_index=True)
+        means = {Run(0, *cell): mean for cell, mean in bank.groupby(CELL)["valid_accuracy"].mean().items()}
+        alive = {arm: [cell for cell in pool if cell in running] for arm, pool in pools.items()}
+        best = {arm: max((means[cell] for cell in cells), default=0.0) for arm, cells in alive.items()}
+        kept = {cell for arm, cells in alive.items() for cell in cells if means[cell] >= best[arm] - margin}
+        running, done = [cell for cell in running if cell in kept], n_seeds
+    return bank, pd.concat(by_epoch, ignore_index=True)
+
+
+def by_cell(runs: pd.DataFrame, arms: Sequence[str] = (), column: str = "valid_accuracy") -> pd.DataFrame:
+    """A column of runs as [cells, seeds], of these arms (none: of all): the cells that have all of the seeds.
+
+    The index of a cell is a `Run`'s fields after the seed, so that `Run(seed, *index)` is a run of it.
+
+    >>> bank = pd.DataFrame([{"arm": "Adam", **vars(Run(s, 0.01)), "valid_accuracy": 0.6 + s / 10} for s in (0, 1)])
+    >>> by_cell(bank, ["Adam"]).to_numpy().tolist()
+    [[0.6, 0.7]]
+    """
+    part = runs[runs["arm"].isin(arms)] if len(arms) else runs
+    return part.drop_duplicates([*CELL, "seed"]).pivot(index=CELL, columns="seed", values=column).dropna()
+
+
+def best_cell(valid: pd.DataFrame) -> tuple:
+    """The cell [of cells, seeds] with the best mean: an arm's tuned value."""
+    return valid.mean(axis=1).idxmax()
+
+
+def rechosen(valid: pd.DataFrame, n_draws: int = 10_000) -> np.ndarray:
+    """Which cell of [cells, seeds] is best where the seeds are drawn anew, with replacement: row numbers [n_draws].
+
+    The same seeds are drawn for every table of as many seeds, as arms have their tuning seeds in common.
+
+    >>> sorted(set(rechosen(pd.DataFrame([[0.6, 0.6], [0.5, 0.8]]), n_draws=100).tolist()))
+    [0, 1]
+    """
+    n_seeds = valid.shape[1]
+    counts = np.random.default_rng(0).multinomial(n_seeds, [1 / n_seeds] * n_seeds, n_draws)  # [n_draws, seeds]
+    return (valid.to_numpy() @ counts.T).argmax(0)
+
+
+def border_hits(bank: pd.DataFrame, arms: Mapping[str, Sequence[str]]) -> list[str]:
+    """Where the best cell of an arm (whose grid is made of these arms' cells) lies at the border of its grid.
+
+    Of γ only the upper border counts: below 0 there is nothing.
+
+    >>> bank = pd.DataFrame([{"arm": "Adam", **vars(Run(0, lr)), "valid_accuracy": lr} for lr in (0.1, 0.2)])
+    >>> border_hits(bank, {"Adam": ["Adam"]})
+    ["Adam's best lr, 0.2, is the highest of its grid."]
+    """
+    hits = []
+    for arm, parts in arms.items():
+        best = dict(zip(CELL, best_cell(by_cell(bank, parts)), strict=True))
+        own = bank[bank["arm"].isin(parts) & ((bank["placement"] == best["placement"]) | (bank["gamma"] == 0))]
+        for name, ends in (("lr", ("min", "max")), ("gamma", ("max",)), ("weight_decay", ("max",))):
+            grid = own.loc[own["gamma"] == best["gamma"], "lr"] if name == "lr" else own[name]
+            words = [{"min": "lowest", "max": "highest"}[end] for end in ends if best[name] == grid.agg(end)]
+            if words and grid.nunique() > 1:
+                hits.append(f"{arm}'s best {name}, {best[name]:g}, is the {words[0]} of its grid.")
+    return hits
+
+
+class TunedComparison(NamedTuple):
+    """What `compare_tuned` found about a − b.
+
+    >>> TunedComparison(64, 0.01, 0.002, 0.02, 0.003, 0.018, 0.01, "better").verdict
+    'better'
+    """
+
+    n: int  # evaluation seeds
+    mean_difference: float  # of the cells that all of the bank's seeds choose
+    ci_low: float  # 95 % bootstrap interval, over evaluation seeds and the choice of both cells
+    ci_high: float
+    ci90_low: float
+    ci90_high: float
+    p: float
+    verdict: str
+
+
+def compare_tuned(
+    valid_a: pd.DataFrame, valid_b: pd.DataFrame, a: pd.DataFrame, b: pd.DataFrame, *, margin: float
+) -> TunedComparison:
+    """Compare two tuned arms by values (more is better) on seeds that are not the bank's, [cells, evaluation seeds].
+
+    `valid_a` and `valid_b` are the bank's validation accuracies of the same cells, [cells, bank seeds], which choose.
+    In each of 10,000 draws both the bank's seeds and the evaluation's are drawn anew (the same for both arms), each
+    arm's cell is chosen again, and the mean paired difference of the chosen cells is taken: the percentiles of these
+    are the intervals, and `p` is twice the smaller share on one side of 0. The verdict is `compare_paired`'s rule.
+
+    >>> cells = pd.DataFrame([[0.6, 0.7, 0.65]])
+    >>> compare_tuned(cells, cells, cells + 0.1, cells, margin=0.01).verdict
+    'better'
+    """
+    n = a.shape[1]
+    counts = np.random.default_rng(1).multinomial(n, [1 / n] * n, 10_000)  # [draws, n]
+    drawn, rows = [], np.arange(len(counts))
+    for valid, values in ((valid_a, a), (valid_b, b)):
+        means = values.to_numpy() @ counts.T / n  # [cells, draws]
+        drawn.append(means[rechosen(valid, len(counts)), rows])
+    difference = drawn[0] - drawn[1]
+    low, low90, high90, high = np.quantile(difference, [0.025, 0.05, 0.95, 0.975])
+    p = min(1.0, 2 * min((difference <= 0).mean(), (difference >= 0).mean()))
+    mean = a.loc[best_cell(valid_a)].mean() - b.loc[best_cell(valid_b)].mean()
+    return TunedComparison(n, mean, low, high, low90, high90, p, verdict_of((low, high), (low90, high90), margin))
