@@ -3,28 +3,24 @@
 import importlib
 import sys
 import threading
-import warnings
 from functools import partial, wraps
 from typing import NamedTuple
 
 import pytest
+from conftest import damaged
 from study_inputs import RUNS, assert_same, shortly
 
 from sgsc_study.cache import code_version, function_version
 from sgsc_study.gates import sign_gate
 
 
+@pytest.mark.filterwarnings("ignore")  # joblib warns of what it cannot read
 def test_a_damaged_entry_is_trained_again(tmp_path):
     first = shortly(RUNS[1::3], cache=tmp_path)
     (entry,) = tmp_path.rglob("output.pkl")
-    whole = entry.read_bytes()
-    flips = ((len(whole) * k // 20, 1 << k % 8) for k in range(20))  # one bit each, from the first byte on
-    damaged = [whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :] for at, bit in flips]
-    for content in (b"", whole[: len(whole) // 2], whole[:-1], *damaged):
+    for content in damaged(entry.read_bytes(), flips=50):
         entry.write_bytes(content)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # joblib warns of what it cannot read
-            assert_same(shortly(RUNS[1::3], cache=tmp_path), first)
+        assert_same(shortly(RUNS[1::3], cache=tmp_path), first)
 
 
 @pytest.fixture
@@ -53,16 +49,20 @@ PACKAGE |= {"mine.scale": FUNCTION, "mine.plain": "ONE = 1\n", "beside": "import
 
 
 def test_the_version_of_code_is_that_of_what_it_computes_with_all_that_it_imports(write):
-    def version(**changes: str) -> str:
-        write(PACKAGE | {name.replace("_", "."): source for name, source in changes.items()})
+    def version(name: str, source: str) -> str:
+        write(PACKAGE | {name: source})
         return code_version("mine.gate")
 
-    first = version()
-    assert version(mine_scale=REWORDED) == first == version()
-    changed = {"mine_gate": PACKAGE["mine.gate"].replace("+", "-"), "mine_plain": "ONE = 2\n", "beside": "K = 1\n"}
-    changed |= {"mine_scale": FUNCTION.replace("2 *", "3 *")}
-    others = {version(**{name: source}) for name, source in changed.items()}
-    assert len(others | {first, version(mine_scale=FUNCTION.replace("x < 0:", "x < 1:"))}) == 6
+    first = version("mine.scale", FUNCTION)
+    assert first == version("mine.scale", FUNCTION) == version("mine.scale", REWORDED)
+    others = {
+        version("mine.gate", PACKAGE["mine.gate"].replace("+", "-")),
+        version("mine.plain", "ONE = 2\n"),
+        version("beside", "K = 1\n"),
+        version("mine.scale", FUNCTION.replace("2 *", "3 *")),
+        version("mine.scale", FUNCTION.replace("x < 0:", "x < 1:")),
+    }
+    assert len(others | {first}) == 6
 
 
 @pytest.mark.parametrize("name", ["sgsc_lib", "sgsc_study.gates", "sgsc_study.data", "sgsc_study.runs"])

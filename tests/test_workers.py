@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 from conftest import wait_for
-from study_inputs import RUNS, assert_same, shortly
 
 from sgsc_study import GATES, parallel
 from sgsc_study.workers import arithmetic, by_same_engine, engine_version, on_workers
@@ -53,12 +52,9 @@ def test_a_worker_with_another_engine_is_refused(part):
 
 
 def test_replacing_a_gate_changes_no_engine(monkeypatch):
-    ours, before = shortly(RUNS[1::3]), (engine_version(), arithmetic.__wrapped__())
+    before = engine_version(), arithmetic.__wrapped__()
     monkeypatch.setitem(GATES, "sign", lambda total, square, *, batch_size, gamma: square.clamp(max=1.0))
     assert (engine_version(), arithmetic.__wrapped__()) == before
-    found = shortly(RUNS[1::3], n_jobs=2, stack_size=1)
-    assert_same(found, shortly(RUNS[1::3]))
-    assert (found.step_loss[:, -1] != ours.step_loss[:, -1]).all()
 
 
 @pytest.mark.slow
