@@ -194,9 +194,6 @@ def test_a_scaled_update_that_no_with_entered_is_refused_in_the_next_forward_pas
         model(x)  # evaluation goes on
     with pytest.raises(RuntimeError, match=r"scaled_update\(\)"):
         model(x)
-    loss_of(model, x, y).backward()
-    with sgsc.scaled_update():
-        pass
     model(x)
 
 
