@@ -1,13 +1,11 @@
-"""SGSC over two real processes, on gloo, gives the c of one process on the whole batch.
+"""SGSC over two real processes, on gloo, gives what one process gives on the whole batch.
 
-Run as a script, this file forks them, so that what it imports is imported once for all; each saves what SGSC found.
+Run as a script, this file forks them, so that what it imports is imported once for all.
 """
 
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,14 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sgsc_lib import SGSC
 
-GAMMA = 0.5
-SHARDS = {"uneven": (slice(0, 7), slice(7, 24)), "empty": (slice(0, 24), slice(24, 24))}
-CASES = {  # for `step`
-    "plain": {},
-    "plain, empty": {"how": "empty"},
-    "ddp, SGSC on the wrapper": {"ddp": True, "wrapped": True},
-    "ddp, in parts": {"ddp": True, "first": 3},
-}
+UNEVEN, EMPTY = (slice(0, 7), slice(7, 24)), (slice(0, 24), slice(24, 24))  # the rows of each process
 
 
 def problem(build=cnn) -> tuple[nn.Module, Tensor, Tensor]:
@@ -36,96 +27,73 @@ def problem(build=cnn) -> tuple[nn.Module, Tensor, Tensor]:
     return model.double(), x.double(), y
 
 
-def gated(model: nn.Module, sgsc: SGSC) -> dict[str, Any]:
-    c = sgsc.consistency()
-    sgsc.scale_gradients_()
-    return {"c": c, "gradients": [p.grad for p in model.parameters()], "summary": sgsc.summary().to_dict("list")}
-
-
-def step(rank: int, how: str = "uneven", ddp: bool = False, wrapped: bool = False, first: int = 0) -> dict[str, Any]:
-    """One step on this process's shard, its `first` rows apart."""
-    model, x, y = problem()
+def check_step(rank: int, shards=UNEVEN, ddp: bool = False, wrapped: bool = False, first: int = 0) -> None:
+    """A step on this process's shard, its `first` rows apart; the gated gradients sum to those of one process."""
+    (model, x, y), (whole, *batch) = problem(), problem()
     net = DistributedDataParallel(model) if ddp else model
-    sgsc = SGSC(net if wrapped else model, GAMMA, process_group=dist.group.WORLD)
-    x, y = x[SHARDS[how][rank]], y[SHARDS[how][rank]]
+    sgsc = SGSC(net if wrapped else model, gamma=0.5, process_group=dist.group.WORLD)
+    alone = SGSC(whole, gamma=0.5)
+    loss_of(whole, *batch, "sum").backward()
+    x, y = x[shards[rank]], y[shards[rank]]
     if first:
         with net.no_sync():
             loss_of(net, x[:first], y[:first], "sum").backward()
     loss_of(net, x[first:], y[first:], "sum").backward()
-    return gated(model, sgsc)
+    prefix = "module." if wrapped else ""
+    assert_equal(sgsc.consistency(), {f"{prefix}{name}": c for name, c in alone.consistency().items()})
+    expected = alone.summary()
+    assert sgsc.summary().equals(expected.assign(parameter=prefix + expected["parameter"]))
+    sgsc.scale_gradients_()
+    alone.scale_gradients_()
+    for p, of_whole in zip(model.parameters(), whole.parameters(), strict=True):
+        total = p.grad.clone()
+        dist.all_reduce(total)
+        torch.testing.assert_close(total, of_whole.grad)
+        assert not ddp or torch.equal(total, 2 * p.grad)
 
 
-def idle(rank: int) -> dict[str, Tensor]:
-    """c of a second step for which process 1 has no batch; a third gate, for which none has, is refused."""
-    model, x, y = problem()
-    rows, sgsc = SHARDS["uneven"][rank], SGSC(model, GAMMA, process_group=dist.group.WORLD)
+def check_idle(rank: int) -> None:
+    """A second step for which process 1 has no batch; a third gate, for which none has, is refused."""
+    (model, x, y), (whole, *_) = problem(), problem()
+    sgsc, alone = SGSC(model, gamma=0.5, process_group=dist.group.WORLD), SGSC(whole, gamma=0.5)
     for working in (True, rank == 0):
         model.zero_grad()
         if working:
-            loss_of(model, x[rows], y[rows]).backward()
+            loss_of(model, x[UNEVEN[rank]], y[UNEVEN[rank]]).backward()
         sgsc.scale_gradients_()
-    c = sgsc.consistency()
+    loss_of(whole, x[UNEVEN[0]], y[UNEVEN[0]]).backward()
+    assert_equal(sgsc.consistency(), alone.consistency())
     with pytest.raises(RuntimeError, match=r"loss.backward\(\)"):
         sgsc.scale_gradients_()
-    return c
 
 
-def use_branches(rank: int) -> dict[str, Tensor]:
+def check_branches(rank: int) -> None:
     """Process 0 uses one branch, 1 the other; DistributedDataParallel fills in both gradients everywhere."""
-    model, x, y = problem(branches)
-    rows, net = SHARDS["uneven"][rank], DistributedDataParallel(model, find_unused_parameters=True)
-    sgsc = SGSC(model, GAMMA, process_group=dist.group.WORLD)
-    loss_of(lambda x: net(x, "ab"[rank]), x[rows], y[rows]).backward()
-    return sgsc.consistency()
+    (model, x, y), (whole, *_) = problem(branches), problem(branches)
+    sgsc, alone = SGSC(model, gamma=0.5, process_group=dist.group.WORLD), SGSC(whole, gamma=0.5)
+    net = DistributedDataParallel(model, find_unused_parameters=True)
+    loss_of(lambda x: net(x, "ab"[rank]), x[UNEVEN[rank]], y[UNEVEN[rank]]).backward()
+    for branch, rows in zip("ab", UNEVEN, strict=True):
+        torch.nn.functional.cross_entropy(whole(x[rows], branch), y[rows]).backward()
+    assert_equal(sgsc.consistency(), alone.consistency())
 
 
-def run_all(rank: int, folder: Path) -> None:
+def check_all(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    found = {name: step(rank, **case) for name, case in CASES.items()}
-    torch.save(found | {"idle": idle(rank), "branches": use_branches(rank)}, folder / f"{rank}.pt")
+    check_step(rank)
+    check_step(rank, EMPTY)
+    check_step(rank, ddp=True, wrapped=True)
+    check_step(rank, ddp=True, first=3)
+    check_idle(rank)
+    check_branches(rank)
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory) -> list[dict[str, Any]]:
-    """What each process found, by case."""
-    folder = tmp_path_factory.mktemp("processes")
-    run = subprocess.run([sys.executable, __file__, folder], capture_output=True, text=True, timeout=240)
+def test_two_processes_find_what_one_finds_on_the_global_batch(tmp_path):
+    run = subprocess.run([sys.executable, __file__, tmp_path], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr[-4000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-@cache
-def alone(rows: int = 24) -> dict[str, Any]:
-    """The same step in one process on the first `rows` rows of the global batch."""
-    model, x, y = problem()
-    sgsc = SGSC(model, GAMMA)
-    loss_of(model, x[:rows], y[:rows], "sum").backward()
-    return gated(model, sgsc)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_c_is_that_of_the_global_batch_and_gated_gradients_sum_to_its_own(processes, case):
-    expected, prefix = alone(), "module." if "wrapper" in case else ""  # of the names
-    names = [f"{prefix}{name}" for name in expected["c"]]
-    for found in processes:
-        assert_equal(found[case]["c"], dict(zip(names, expected["c"].values(), strict=True)))
-        assert found[case]["summary"] == expected["summary"] | {"parameter": names}
-    first, second = (found[case]["gradients"] for found in processes)
-    torch.testing.assert_close([a + b for a, b in zip(first, second, strict=True)], expected["gradients"])
-    assert "ddp" not in case or all(map(torch.equal, first, second))
-
-
-def test_a_process_without_a_batch_takes_part_and_processes_may_use_different_branches(processes):
-    model, x, y = problem(branches)
-    sgsc = SGSC(model, GAMMA)
-    for branch, rows in zip("ab", SHARDS["uneven"], strict=True):
-        torch.nn.functional.cross_entropy(model(x[rows], branch), y[rows]).backward()
-    for found in processes:
-        assert_equal(found["idle"], alone(rows=7)["c"])
-        assert_equal(found["branches"], sgsc.consistency())
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.start_processes(run_all, (Path(sys.argv[1]),), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(check_all, (Path(sys.argv[1]),), nprocs=2, start_method="fork")
