@@ -22,12 +22,6 @@ def check(name: str, value: Any, kind: type, low: float | None = None, high: flo
 
     `kind` is int, float, bool or str. A bool is not an int, an int is a float, NaN and infinity are never accepted.
     The bounds are inclusive. Raises TypeError for a wrong type and ValueError for a wrong value.
-
-    >>> check("gamma", 0.25, float, low=0.0)
-    0.25
-    >>> check("gamma", -0.1, float, low=0.0)
-    Traceback (most recent call last):
-    ValueError: `gamma` should be ≥ 0.0. Found -0.1.
     """
     accepted: Any = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
@@ -43,22 +37,14 @@ def check(name: str, value: Any, kind: type, low: float | None = None, high: flo
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> Any:
-    """Return `value` if it is one of `choices`; raise a ValueError that lists them otherwise.
-
-    >>> check_choice("placement", "after", ("before", "after"))
-    'after'
-    """
+    """Return `value` if it is one of `choices`; raise a ValueError that lists them otherwise."""
     if value not in choices:
         raise ValueError(f"`{name}` should be one of {', '.join(map(repr, choices))}. Found {value!r}.")
     return value
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that the module itself owns, by key.
-
-    >>> list(own_parameters(nn.Linear(2, 1)))
-    ['weight', 'bias']
-    """
+    """The parameters that the module itself owns, by key."""
     return {key: p for key, p in module._parameters.items() if p is not None}
 
 
@@ -86,11 +72,7 @@ _REFERENCE = "For a reference on any model without coupling, use per_sample_grad
 
 
 class Served(NamedTuple):
-    """How a parameter's c is computed: the module that owns it, the rule, or the problem (empty where there is none).
-
-    >>> Served("0.bias", "0 (Linear)", "linear_rule", "").parameter
-    '0.bias'
-    """
+    """How a parameter's c is computed: the module that owns it, the rule, or the problem (empty if none)."""
 
     parameter: str
     module: str
@@ -99,18 +81,12 @@ class Served(NamedTuple):
 
 
 class Explanation(list[Served]):
-    """The rows of `SGSC.explain`; printed, a table.
-
-    >>> print(Explanation([Served("bias", "0 (Linear)", "linear_rule", "")]))
-    parameter  module      rule         problem
-    bias       0 (Linear)  linear_rule
-    """
+    """The rows of `SGSC.explain`; printed, a table."""
 
     def __str__(self) -> str:
         rows = [Served._fields, *self]
-        widths = [max(len(row[k]) for row in rows) for k in range(3)]
-        lines = ("  ".join([*(f"{row[k]:{w}}" for k, w in enumerate(widths)), row[3]]) for row in rows)
-        return "\n".join(line.rstrip() for line in lines)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def explain_model(model: nn.Module, rules: Mapping[type, Callable]) -> Iterator[Served]:
@@ -197,7 +173,6 @@ def coupling_hook(path: str, module: nn.Module) -> Callable:
 
 
 def refuse_call(path: str, module: nn.Module, tensors: list[Tensor], output: Any) -> None:
-    """Refuse a call of a layer in which its rule could not see what it needs."""
     where = named(path, module)
     if torch._C._current_graph_task_id() != -1:  # a backward pass is under way
         raise ValueError(
@@ -209,7 +184,6 @@ def refuse_call(path: str, module: nn.Module, tensors: list[Tensor], output: Any
 
 
 def refuse_place(path: str, module: nn.Module, inputs: Tensor, rows: int, used: Collection[str]) -> None:
-    """Refuse a layer's second use in a pass, and an input without the batch's samples along its first axis."""
     where = named(path, module)
     if path in used:
         raise ValueError(
@@ -220,8 +194,7 @@ def refuse_place(path: str, module: nn.Module, inputs: Tensor, rows: int, used: 
     if inputs.ndim < least or len(inputs) != rows:
         raise ValueError(
             f"{where} should see the batch's {rows} samples along its first axis. Found an input of shape "
-            f"{tuple(inputs.shape)}. Keep the batch in front, [{rows}, ...], in every layer, and expand what all "
-            "samples share."
+            f"{tuple(inputs.shape)}. Keep the batch in front, [{rows}, ...], and expand what all samples share."
         )
 
 
@@ -235,8 +208,8 @@ def second_use_hook(model: nn.Module) -> Callable:
         nonlocal checked
         if checked or called is not model or not is_training_pass():
             return
-        tensors = [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, Tensor)]
-        pending: set[Any] = {t.grad_fn for t in tensors if t.grad_fn is not None}
+        leaves = torch.utils._pytree.tree_leaves(output)
+        pending: set[Any] = {t.grad_fn for t in leaves if isinstance(t, Tensor) and t.grad_fn is not None}
         seen, uses = set(pending), Counter[nn.Parameter]()
         while pending:
             for following, _ in pending.pop().next_functions:
@@ -257,7 +230,6 @@ def second_use_hook(model: nn.Module) -> Callable:
 
 
 def refuse_sums(path: str, module: nn.Module, found: Any) -> None:
-    """Refuse what a rule should not return, by the module's and the parameter's name."""
     who = f"The rule for {named(path, module)}"
     if not isinstance(found, dict):
         raise TypeError(f"{who} should return {{name: (Σ sign g, count)}}. Found {type(found).__name__}.")
@@ -278,14 +250,13 @@ def refuse_sums(path: str, module: nn.Module, found: Any) -> None:
 def refuse_unseen(
     parameters: dict[str, nn.Parameter], seen: Mapping, active: Mapping[str, Tensor], samples: int, *, hooked: bool
 ) -> None:
-    """Refuse a statistic without samples, and a gradient whose layer's forward pass was not seen."""
     if not samples and not hooked:
         raise RuntimeError("No statistic: remove() took the hooks off the model. Build SGSC anew.")
     if not samples:
         raise RuntimeError(
-            "No statistic yet: call loss.backward() first, on a forward pass made after SGSC was built, and before the "
-            "block of scaled_update(), so that an optimizer that calls backward itself, such as LBFGS, is not served. "
-            "A model compiled and run before SGSC was built runs without its hooks: build SGSC first, then compile."
+            "No statistic yet: call loss.backward() first, on a forward pass made after SGSC was built, and before "
+            "scaled_update(). An optimizer that calls backward itself, such as LBFGS, is not served. A model compiled "
+            "and run before SGSC was built runs without its hooks: build SGSC first, then compile."
         )
     for name, p in parameters.items():
         if name not in seen and p.grad is not None and not active[name] and p.grad.any():

@@ -27,11 +27,7 @@ class Dataset(NamedTuple):
 
 
 def sha256_of(*tensors: Tensor) -> str:
-    """SHA-256 of the tensors' bytes, in order, as 64 hex digits.
-
-    >>> sha256_of(torch.zeros(2))[:8]
-    'af5570f5'
-    """
+    """SHA-256 of the tensors' bytes, in order, as 64 hex digits."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.contiguous().numpy().tobytes())
@@ -42,10 +38,9 @@ def sha256_of(*tensors: Tensor) -> str:
 def draw_mnist1d(num_samples: int = 5000, *, seed: int = 42) -> tuple[Tensor, Tensor]:
     """Draw MNIST-1D with its authors' own generator and default settings, in their order.
 
-    Returns features float32 [num_samples, 40], standardised over the draw, and labels int64 [num_samples].
-    Works offline and leaves NumPy's global random state as it found it. Another `seed` gives a fresh sample of the same
-    distribution. Raises ValueError where `num_samples` is not a positive multiple of the 10 classes, and RuntimeError
-    where the default draw is not the published data set.
+    Returns features float32 [num_samples, 40], standardised over the draw, and labels int64 [num_samples]. Another
+    `seed` gives a fresh sample of the same distribution. NumPy's global random state stays as it was. Raises ValueError
+    where `num_samples` is no multiple of the 10 classes, RuntimeError where the default draw is not the published data.
 
     >>> x, y = draw_mnist1d(100, seed=7)
     >>> x.shape, y.shape

@@ -38,30 +38,17 @@ def _share(part: Tensor, whole: Tensor, gamma: Tensor) -> Tensor:
 
 
 def sign_gate(sign: Tensor, *, batch_size: int, gamma: Tensor) -> Tensor:
-    """SGSC: (|Σ sign g_i| / B) ** γ.
-
-    >>> sign_gate(torch.tensor([[4.0, -1.0]]), batch_size=4, gamma=torch.tensor([0.5], dtype=torch.float64))
-    tensor([[1.0000, 0.5000]])
-    """
+    """SGSC: (|Σ sign g_i| / B) ** γ."""
     return power_gate(sign, batch_size, gamma)
 
 
 def active_gate(sign: Tensor, active: Tensor, *, batch_size: int, gamma: Tensor) -> Tensor:
-    """SGSC over the samples whose gradient is not zero: (|Σ sign g_i| / Σ [g_i ≠ 0]) ** γ. No ReLU caps it.
-
-    >>> sign, active = torch.tensor([[1.0, -1.0]]), torch.tensor([[1.0, 4.0]])
-    >>> active_gate(sign, active, batch_size=4, gamma=torch.tensor([0.5]))
-    tensor([[1.0000, 0.5000]])
-    """
+    """SGSC over the samples whose gradient is not zero: (|Σ sign g_i| / Σ [g_i ≠ 0]) ** γ. No ReLU caps it."""
     return _share(sign.abs(), active, gamma)
 
 
 def magnitude_gate(total: Tensor, magnitude: Tensor, *, batch_size: int, gamma: Tensor) -> Tensor:
-    """(|Σ g_i| / Σ |g_i|) ** γ: the mean of GradDrop's random mask, with an exponent (Chen et al., 2010.06808).
-
-    >>> magnitude_gate(torch.tensor([[-1.0]]), torch.tensor([[4.0]]), batch_size=4, gamma=torch.tensor([0.5]))
-    tensor([[0.5000]])
-    """
+    """(|Σ g_i| / Σ |g_i|) ** γ: the mean of GradDrop's random mask, with an exponent (Chen et al., 2010.06808)."""
     return _share(total.abs(), magnitude, gamma)
 
 
@@ -69,19 +56,12 @@ def snr_gate(total: Tensor, square: Tensor, *, batch_size: int, gamma: Tensor) -
     """(r / (1 + r)) ** γ of the gradient's signal-to-noise ratio r = mean² / variance (GSNR, Liu et al., 2001.07384).
 
     r / (1 + r) = mean² / mean square, so that it needs no division by a variance that may be zero.
-
-    >>> snr_gate(torch.tensor([[2.0]]), torch.tensor([[4.0]]), batch_size=4, gamma=torch.tensor([0.5]))
-    tensor([[0.5000]])
     """
     return _share(total.square(), batch_size * square, gamma)
 
 
 def and_mask_gate(sign: Tensor, *, batch_size: int, gamma: Tensor) -> Tensor:
-    """[|Σ sign g_i| / B ≥ τ], over its mean in each tensor (Parascandolo et al., 2009.00329); the threshold τ is γ.
-
-    >>> and_mask_gate(torch.tensor([[4.0, -1.0]]), batch_size=4, gamma=torch.tensor([0.5]))
-    tensor([[2., 0.]])
-    """
+    """[|Σ sign g_i| / B ≥ τ], over its mean in each tensor (Parascandolo et al., 2009.00329); the threshold τ is γ."""
     mask = (sign.abs() >= align_runs(gamma * batch_size, sign)).to(sign.dtype)
     return mask / align_runs(mask.flatten(1).mean(1) + 1e-10, mask)
 
@@ -102,11 +82,7 @@ RELATIVES = ("vote", "cautious")
 
 
 def sums_of(gate: Gate) -> list[str]:
-    """The names of the sums that a gate is made of.
-
-    >>> sums_of(GATES["active"])
-    ['sign', 'active']
-    """
+    """The names of the sums that a gate is made of."""
     kinds = inspect.signature(gate).parameters.values()
     return [parameter.name for parameter in kinds if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
 
@@ -114,11 +90,6 @@ def sums_of(gate: Gate) -> list[str]:
 def check_gate(name: str, gate: Gate) -> None:
     """Raise TypeError or ValueError where a gate is not one: by its name, its signature, and the shape, the dtype and
     the finiteness of what it makes of the sums of a small batch, of which one parameter's are all 0.
-
-    >>> check_gate("half", lambda sign: sign / 2)
-    Traceback (most recent call last):
-    TypeError: The gate 'half' should have, after its sums and a `*`, the keywords `batch_size` and `gamma`, used or \
-not, like (sign, *, batch_size, gamma). Found (sign).
     """
     if name in RELATIVES:
         raise ValueError(f"The gate {name!r} should have another name: {' and '.join(RELATIVES)} are methods of train.")
@@ -153,11 +124,7 @@ not, like (sign, *, batch_size, gamma). Found (sign).
 
 
 def example_sums(gate: Gate, shape: tuple[int, ...]) -> list[Tensor]:
-    """The sums [R, *shape] that a gate takes, float32, of 8 samples; no sample moves the last axis's third entry.
-
-    >>> [s.shape for s in example_sums(GATES["active"], (2, 5))]
-    [torch.Size([2, 5]), torch.Size([2, 5])]
-    """
+    """The sums [R, *shape] that a gate takes, float32, of 8 samples; no sample moves the last axis's third entry."""
     g = torch.randn(8, *shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0))  # [B, R, *shape]
     g[1:, ..., 1], g[..., 2], g[:, 0, ..., 0] = 0.0, 0.0, g[:, 0, ..., 0].abs()
     return [g.sum(0) if kind == "total" else SUMS[kind](g).sum(0) for kind in sums_of(gate)]

@@ -16,13 +16,11 @@ from sgsc_study.workers import on_workers
 
 
 def begin(notebook: dict[str, Any]) -> Path | None:
-    """Check the parameters of a notebook, given as its `globals()`, where papermill or a reader may have set them.
+    """Check a notebook's parameters, given as its `globals()`; return the folder `results`, made if need be, or None.
 
-    Every parameter declared in its parameters cell (`name: type = default  # help`) must have its declared type and the
-    bounds that its help says; a name that was injected but is not declared is refused; one ValueError tells all that is
-    wrong. A `storage` or `scheduler` that is given must answer. Returns the folder at the parameter `results`, made if
-    need be (None without it). Sets torch to one thread, as more would add up in another order, and the report's style
-    of figures on matplotlib's defaults, whatever a user's own are.
+    Each parameter must have the type and the bounds that its parameters cell declares, and each
+    name that papermill injected must be declared; one ValueError tells all that is wrong. A `storage` or `scheduler`
+    must answer. Sets torch to one thread, as more add up in another order, and the report's style of figures.
 
     >>> begin({"In": ["epochs: int = 50  # length of a run, at least 2"], "epochs": 1})
     Traceback (most recent call last):

@@ -46,11 +46,7 @@ def _settled() -> Iterator[None]:
 
 
 def engine_version() -> list[str]:
-    """What a trained run's bits depend on, beside its own settings: the code, torch and the `arithmetic`.
-
-    >>> engine_version()[1] == torch.__version__
-    True
-    """
+    """What a trained run's bits depend on, beside its own settings: the code, torch and the `arithmetic`."""
     return [CODE, torch.__version__, arithmetic()]
 
 
@@ -59,12 +55,8 @@ def engine_version() -> list[str]:
 def arithmetic() -> str:
     """Fingerprint of how this process rounds: where two differ, the same runs end in other bits.
 
-    The width of a processor's vectors decides in which order a sum is taken, and PyTorch, MKL, oneDNN and NumPy each
-    choose their instructions by it, or by a variable of the environment. Some steps of training, a convolution and some
-    logarithms show the choice, whatever made it.
-
-    >>> len(arithmetic())
-    12
+    PyTorch, MKL, oneDNN and NumPy choose their instructions by the processor or a variable of the environment. Some
+    steps of training, a convolution and some logarithms show the choice, whatever made it.
     """
     x, y = torch.randn(512, 40, generator=stream(0, 1)), torch.arange(512) % 10
     runs = [Run(seed, lr=0.01, gamma=0.25) for seed in range(8)]
@@ -82,19 +74,13 @@ def arithmetic() -> str:
 
 
 def by_same_engine(version: list[str], function: Callable[..., Any], *given: Any) -> Any:
-    """Return `function(*given)`, on one thread; RuntimeError where this process has not that `engine_version`.
-
-    A worker on another machine may have other code, another torch, or a processor that rounds otherwise.
-
-    >>> by_same_engine(engine_version(), abs, -1)
-    1
-    """
+    """Return `function(*given)`, on one thread; RuntimeError where this process has not that `engine_version`."""
     _settle()  # before the fingerprint, which restores what it finds: on a cluster another task may be running beside
     if version != engine_version():
         raise RuntimeError(
-            "A worker should have the code, the torch and the arithmetic of the process that calls it, "
-            f"{version}. Found {engine_version()}: install the same on the workers, and start them with the same "
-            "ATEN_CPU_CAPABILITY, MKL_CBWR, ONEDNN_MAX_CPU_ISA and NPY_DISABLE_CPU_FEATURES."
+            f"A worker should have its caller's code, torch and arithmetic, {version}. Found {engine_version()}: "
+            "install the same on the workers, and start them with the same ATEN_CPU_CAPABILITY, MKL_CBWR, "
+            "ONEDNN_MAX_CPU_ISA and NPY_DISABLE_CPU_FEATURES."
         )
     return function(*given)
 
@@ -136,12 +122,7 @@ def parallel(
 
 @contextmanager
 def on_workers(scheduler: str, n_jobs: int, n_tasks: int) -> Iterator[None]:
-    """Where joblib runs what it is given: processes on this machine, or the workers of a Dask scheduler.
-
-    >>> with on_workers("", n_jobs=1, n_tasks=2):
-    ...     joblib.Parallel()(joblib.delayed(abs)(k) for k in (-1, -2))
-    [1, 2]
-    """
+    """Where joblib runs what it is given: processes on this machine, or the workers of a Dask scheduler."""
     if not scheduler:
         own = {"initializer": end_with, "initargs": (os.getpid(),)}
         with joblib.parallel_config("loky", n_jobs=min(joblib.effective_n_jobs(n_jobs), max(n_tasks, 1)), **own):
@@ -152,10 +133,8 @@ def on_workers(scheduler: str, n_jobs: int, n_tasks: int) -> Iterator[None]:
     try:
         client = Client(scheduler, timeout="10s")
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"`scheduler` should be the address of a running Dask scheduler, like 'tcp://127.0.0.1:8786'. "
-            f"Found {scheduler!r}: {error}"
-        ) from None
+        told = f"`scheduler` should be a running Dask scheduler's tcp://host:port. Found {scheduler!r}: {error}"
+        raise ValueError(told) from None
     with client, joblib.parallel_config("dask", client=client, n_jobs=-1):
         try:
             client.run(engine_version)  # a worker without the project would wait for ever
@@ -165,10 +144,7 @@ def on_workers(scheduler: str, n_jobs: int, n_tasks: int) -> Iterator[None]:
 
 
 def end_with(parent: int) -> None:
-    """Have this worker end when the process that it works for is gone.
-
-    A worker whose parent was killed in the middle of handing it a task would wait for the rest of it for ever.
-    """
+    """Have this worker end with its parent: if that is killed while it hands over a task, it would wait for ever."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -181,11 +157,10 @@ def end_with(parent: int) -> None:
 def with_progress(items: Iterable, total: int, label: str | None) -> Iterator:
     """Pass `items` on; tqdm prints a line to stderr every 10 seconds and at the end, under the `label` (None: none).
 
-    Lines, because a bar that is drawn over is unreadable in a log and dead in an executed notebook.
-
     >>> sum(with_progress((k * k for k in range(4)), 4, None))
     14
     """
+    # a bar that is drawn over would be unreadable in a log and dead in an executed notebook
     line = "  {desc}: {n_fmt}/{total_fmt} done, {elapsed} so far, {remaining} left\n"
     yield from tqdm(
         items, label, total, mininterval=10, miniters=1, file=sys.stderr, disable=label is None, bar_format=line
