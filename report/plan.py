@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +13,21 @@ from sgsc_study.cache import ROOT
 from sgsc_study.parameters import parameter_problems
 
 
-@dataclass(frozen=True)
 class Place:
     """Where a profile's files are, below the root of a repository."""
 
-    profile: str
-    root: Path = ROOT
-
-    def __post_init__(self):
-        if self.profile not in profiles(self.root):
-            raise BuildError(f"There is no profile {self.profile!r}. There are: {', '.join(profiles(self.root))}.")
+    def __init__(self, profile: str, root: Path = ROOT):
+        if profile not in profiles(root):
+            raise BuildError(f"There is no profile {profile!r}. There are: {', '.join(profiles(root))}.")
+        self.profile, self.root = profile, root
+        self.results = root / "report/results" / profile
+        self.page = root / "report" / ("sgsc.html" if profile == "full" else f"sgsc-{profile}.html")
 
     def notebook(self, stem: str) -> Path:
         return self.root / "notebooks" / f"{stem}.ipynb"
 
     def executed(self, stem: str) -> Path:
         return self.root / "report/executed" / self.profile / f"{stem}.ipynb"
-
-    @property
-    def results(self) -> Path:
-        return self.root / "report/results" / self.profile
-
-    @property
-    def page(self) -> Path:
-        return self.root / "report" / ("sgsc.html" if self.profile == "full" else f"sgsc-{self.profile}.html")
 
 
 def profiles(root: Path) -> list[str]:
@@ -49,22 +38,14 @@ def notebooks(root: Path) -> list[str]:
     return sorted(path.stem for path in (root / "notebooks").glob("*.ipynb"))
 
 
-class PlainYAML(yaml.SafeLoader):
-    """YAML without its traps: a key that stands twice, where the second would win, and 010, which would be 8."""
+class UniqueKeys(yaml.SafeLoader):
+    """YAML that refuses a key that stands twice, where the second would win."""
 
     def construct_mapping(self, node, deep=False):
         names = [str(key.value) for key, _ in node.value]
         if twice := {name for name in names if names.count(name) > 1}:
             raise yaml.constructor.ConstructorError(None, None, f"{', '.join(sorted(twice))} twice", node.start_mark)
         return super().construct_mapping(node, deep)
-
-    def construct_yaml_int(self, node):
-        if not re.fullmatch(r"[-+]?(0|[1-9][\d_]*)", node.value):
-            raise yaml.constructor.ConstructorError(None, None, f"{node.value} is no plain number", node.start_mark)
-        return super().construct_yaml_int(node)
-
-
-PlainYAML.add_constructor("tag:yaml.org,2002:int", PlainYAML.construct_yaml_int)
 
 
 def parameters_of(notebook: Path) -> dict[str, Any]:
@@ -79,7 +60,7 @@ def read_profile(place: Place) -> dict[str, dict[str, Any]]:
     """Return `{notebook: {parameter: value}}` in the order to run; BuildError lists all that is wrong with it."""
     path = f"report/profiles/{place.profile}.yaml"
     try:
-        profile = yaml.load((place.root / path).read_text(encoding="utf-8"), Loader=PlainYAML)
+        profile = yaml.load((place.root / path).read_text(encoding="utf-8"), Loader=UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BuildError(f"{path} is not YAML in UTF-8: {error}") from None
     if not isinstance(profile, dict):
@@ -88,23 +69,14 @@ def read_profile(place: Place) -> dict[str, dict[str, Any]]:
     for stem, given in profile.items():
         if stem not in notebooks(place.root):
             problems.append(f"{path}: there is no notebook {stem!r}. There are: {', '.join(notebooks(place.root))}.")
-            continue
-        if not isinstance(given, dict | None):
+        elif not isinstance(given, dict | None):
             problems.append(f"{path}: {stem} should have lines of `parameter: value`. Found {given!r}.")
-            continue
-        declared, found = parameters_of(place.notebook(stem)), []
-        kinds = {name: (p["inferred_type_name"], p["help"]) for name, p in declared.items()}
-        values = {n: v.replace("{results}", folder) if isinstance(v, str) else v for n, v in (given or {}).items()}
-        for name, value in values.items():
-            if isinstance(value, str) and "{" in value:
-                found.append(f"`{name}` may hold {{results}} and nothing else in braces. Found {value!r}.")
-        if "results" in values:
-            found.append("`results` is set by build.py. Leave it out.")
-        if not declared:
-            found = ["it should have a cell with the tag `parameters`, lines of `name: type = default`. Found none."]
-        found += parameter_problems(kinds, values)
-        problems += [f"{path}, {stem}: {problem}" for problem in found]
-        plan[stem] = values | ({"results": folder} if "results" in declared else {})
+        else:
+            declared = parameters_of(place.notebook(stem))
+            kinds = {name: (p["inferred_type_name"], p["help"]) for name, p in declared.items() if name != "results"}
+            values = {n: v.replace("{results}", folder) if isinstance(v, str) else v for n, v in (given or {}).items()}
+            problems += [f"{path}, {stem}: {problem}" for problem in parameter_problems(kinds, values)]
+            plan[stem] = values | ({"results": folder} if "results" in declared else {})
     if problems:
         raise BuildError("\n".join(problems))
     return plan
@@ -118,6 +90,6 @@ def list_all(root: Path) -> str:
         lines += ["", stem]
         for name, declared in parameters_of(root / "notebooks" / f"{stem}.ipynb").items():
             lines.append(f"    {name}: {declared['inferred_type_name']} = {declared['default']}  # {declared['help']}")
-            given = {profile: plan[stem][name] for profile, plan in plans.items() if name in plan.get(stem, {})}
-            lines += [f"        {profile}: {value}" for profile, value in given.items()]
+            having = {profile: plan[stem] for profile, plan in plans.items() if name in plan.get(stem, {})}
+            lines += [f"        {profile}: {given[name]}" for profile, given in having.items()]
     return "\n".join(lines)
