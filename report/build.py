@@ -5,13 +5,11 @@
     python report/build.py --profile smoke --only 03   one notebook; the page too, if the others are up to date
     python report/build.py --list                      profiles, notebooks and their parameters
 
-A profile is report/profiles/NAME.yaml, lines of `notebook: {parameter: value}` in the order to run. Names, types and
-bounds are checked before anything runs, and what depends on the data or on earlier results in a notebook's first cell.
-In a value, {results} is the profile's own folder of results. papermill writes the executed notebooks to
-report/executed/NAME/; they write their raw results to report/results/NAME/, where manifest.json says what was run, with
-what, how long it took, and each result's SHA-256. The page comes last and in one step: a build that fails or is killed
-leaves the previous page as it was, and the next one reads from the cache what was trained by then. Results that are not
-what the manifest says are refused, never mixed.
+A profile is report/profiles/NAME.yaml, lines of `notebook: {parameter: value}` in the order to run, checked before
+anything runs; {results} in a value is the profile's own folder of results. Executed notebooks go to
+report/executed/NAME/, raw results to report/results/NAME/, where manifest.json says what was run, with what, how long
+it took, and each result's SHA-256. The page comes last and in one step: a build that fails or is killed leaves the
+previous one, and the next build reads from the cache what was trained by then.
 """
 
 from __future__ import annotations
@@ -42,23 +40,20 @@ from traitlets.config import Config
 from sgsc_study.cache import ROOT
 from sgsc_study.results import result_problem, write_text
 
-KERNEL = Config({"KernelManager": {"transport_encryption": "auto"}})  # no other user of the machine can listen in
-
 
 @contextmanager
 def locked(place: Place) -> Iterator[None]:
     """Hold the profile's lock, which ends with this process however it ends; BuildError names a build that has it."""
     place.results.mkdir(parents=True, exist_ok=True)
-    holder = place.results / ".lock.holder"
+    lock = place.results / ".lock"
     try:
-        with FileLock(place.results / ".lock", blocking=False):
-            write_text(f"process {os.getpid()}, started {manifest.now()}", holder)
+        with FileLock(lock, blocking=False):
+            lock.write_text(f"process {os.getpid()}, started {manifest.now()}")
             for left in place.results.glob(".*.part"):  # by a build that was killed while it wrote
                 left.unlink()
             yield
     except Timeout:
-        who = holder.read_text(encoding="utf-8") if holder.exists() else "started just now"
-        raise BuildError(f"another build of {place.profile} is running: {who}. Wait for it, or end it.") from None
+        raise BuildError(f"another build of {place.profile} is running: {lock.read_text()}. Wait, or end it.") from None
 
 
 def fingerprint(place: Place, stem: str, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -75,20 +70,20 @@ def run_notebook(place: Place, stem: str, parameters: dict[str, Any]) -> None:
     try:
         papermill.execute_notebook(
             place.notebook(stem), output, parameters, kernel_name="python3", progress_bar=False,
-            cwd=place.root, stdout_file=sys.stdout, stderr_file=sys.stderr, config=KERNEL,
+            cwd=place.root, stdout_file=sys.stdout, stderr_file=sys.stderr,
+            # no other user of the machine can listen in
+            config=Config({"KernelManager": {"transport_encryption": "auto"}}),
             # a kernel that is told to end calls that an ERROR
             extra_arguments=["--log-level=CRITICAL", f"--ipython-dir={settings}"],
         )  # fmt: skip
     except (PapermillExecutionError, DeadKernelError) as error:
-        cells = [cell for cell in nbformat.read(output, as_version=4).cells if "papermill" in cell.metadata]
-        ran = [cell for cell in cells if cell.metadata.papermill.get("start_time")]  # the last of them failed
+        cells = nbformat.read(output, as_version=4).cells
+        ran = [cell for cell in cells if cell.metadata.get("papermill", {}).get("start_time")]  # the last one failed
         number = sum("injected-parameters" not in cell.metadata.get("tags", []) for cell in ran)
-        if isinstance(error, DeadKernelError):
-            what = "the kernel died (out of memory, or a crash in compiled code)."
-        else:
+        what = "the kernel died (out of memory, or a crash in compiled code)."
+        if isinstance(error, PapermillExecutionError):
+            print(error, file=sys.stderr)  # the traceback
             what = f"{error.ename}: {error.evalue}"
-            if "begin(globals())" not in ran[-1].source:  # such a cell says what is wrong in words
-                print(error, file=sys.stderr)  # the traceback
         raise BuildError(f"{stem}, cell {number}: {what}\nThe notebook as far as it came: {output}") from None
     output.replace(executed)
 
@@ -100,8 +95,7 @@ def build(profile: str, only: str | None = None, root: Path = ROOT) -> Path | No
     plan = read_profile(place)
     todo = [stem for stem in plan if stem.startswith(only or "")]
     if only and len(todo) != 1:
-        found = f"Found {only!r}, which fits {len(todo)}."
-        raise BuildError(f"--only should be the start of one notebook's name: {', '.join(plan)}. {found}")
+        raise BuildError(f"--only should be the start of one of {', '.join(plan)}. Found {only!r}.")
     with locked(place):
         run(place, plan, todo)
         return write_page(place, plan)
@@ -122,34 +116,32 @@ def run(place: Place, plan: dict[str, dict[str, Any]], todo: list[str]) -> None:
     elif set(previous) - set(todo):
         manifest.check_environment(place.results, made)
     ran = {stem: entry for stem, entry in made["notebooks"].items() if stem in plan}
-    machine = "{cores} cores ({cpu})".format(**manifest.environment()["machine"])
     for k, stem in enumerate(todo, 1):
         earlier = previous.get(stem, {})
         takes = f" (with an empty cache about {minutes(earlier['training']['seconds'])})" if earlier else ""
         print(f"[{k}/{len(todo)}] {stem}{takes}", flush=True)
         manifest.check_results(place.results, made, rerun=stem)
-        before = {path: path.stat().st_mtime_ns for path in manifest.raw_results(place.results)}
-        cached, started, start = manifest.cached_stacks(), manifest.now(), time.monotonic()
-        of_what = fingerprint(place, stem, plan[stem])
+        before, cached = manifest.written(place.results), manifest.cached_stacks()
+        of_what, started, start = fingerprint(place, stem, plan[stem]), manifest.now(), time.monotonic()
         run_notebook(place, stem, plan[stem])
-        results = manifest.raw_results(place.results)
-        wrote = [path.name for path in results if path.stat().st_mtime_ns != before.get(path)]
-        for name in set(wrote) - {"claims.csv"}:
-            if others := [other for other, entry in ran.items() if other != stem and name in entry["results"]]:
+        seconds = round(time.monotonic() - start, 1)
+        wrote = [name for name, when in manifest.written(place.results).items() if when != before.get(name)]
+        for other, entry in ran.items():
+            if other != stem and (taken := {*wrote} & {*entry["results"]} - {"claims.csv"}):
                 place.executed(stem).unlink()  # no page is to be made of it
-                again = manifest.command(place.profile, *others)
-                raise BuildError(f"{stem} wrote {name}, a result of {others[0]}. Rename it, and rebuild that: {again}")
-        seconds, stacks = round(time.monotonic() - start, 1), manifest.cached_stacks() - cached
-        this = {"stacks": stacks, "seconds": seconds, "machine": machine}
-        same = earlier.get("parameters") == plan[stem]
-        given = {name: parameter["default"] for name, parameter in parameters_of(place.notebook(stem)).items()}
+                again = manifest.command(place.profile, other)
+                raise BuildError(f"{stem} wrote {', '.join(taken)} of {other}. Rename it, and rebuild that: {again}")
+        machine = "{cores} cores ({cpu})".format(**manifest.environment()["machine"])
+        training: dict[str, Any] = {"stacks": manifest.cached_stacks() - cached, "seconds": seconds, "machine": machine}
+        if earlier.get("parameters") == plan[stem]:  # that of the build that trained most of it: others read the cache
+            training = max(training, earlier["training"], key=lambda run: run["stacks"])
+        declared = parameters_of(place.notebook(stem))
         ran[stem] = {
             **of_what,
-            "defaults": {name: text for name, text in given.items() if name not in plan[stem]},
+            "defaults": {name: p["default"] for name, p in declared.items() if name not in plan[stem]},
             "started": started,
             "seconds": seconds,
-            # of the build that trained most of it: others read the cache
-            "training": max([this, earlier["training"]] if same else [this], key=lambda run: run["stacks"]),
+            "training": training,
             "executed_sha256": sha256(place.executed(stem)),
             "results": wrote,
         }
@@ -162,19 +154,16 @@ def write_page(place: Place, plan: dict[str, dict[str, Any]]) -> Path | None:
     made = manifest.read(place.results)
     for stem in plan:
         current, ran = fingerprint(place, stem, plan[stem]), made["notebooks"].get(stem, {})
-        if {key: ran.get(key) for key in current} != current or not place.executed(stem).exists():
+        if not current.items() <= ran.items() or not place.executed(stem).exists():
             print(f"No page yet: {stem} has to run with its present source and parameters and the present code first.")
             return None
         if problem := result_problem(place.executed(stem), ran["executed_sha256"]):
             raise BuildError(f"{problem} Rebuild it: {manifest.command(place.profile, stem)}")
     manifest.check_results(place.results, made)
-    for path in manifest.raw_results(place.results):
-        if path.name not in made["results"]:
-            print(f"{path} is older than this run: no notebook writes it, and the page leaves it out.", file=sys.stderr)
     data = [place.results / name for name in [*made["results"], "manifest.json"]]
     said = findings(place.results) if place.profile == "full" else ""
     html = render({stem: place.executed(stem) for stem in plan}, made, data, said)
-    if place.profile == "full" and (place.root / "README.md").exists():
+    if place.profile == "full":
         update_readme(place.root, made, said, html)
     write_text(html, place.page)
     print(f"{place.page}: {len(html.encode()) / 1e6:.2f} MB")
@@ -183,32 +172,27 @@ def write_page(place: Place, plan: dict[str, dict[str, Any]]) -> Path | None:
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     """The command line; returns the exit code: 0 done, 1 failed, 130 interrupted."""
-    summary, details = __doc__.split("\n\n", 1)
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", default="full", help="which report/profiles/NAME.yaml to build (default: full)")
     parser.add_argument("--only", metavar="NOTEBOOK", help="run only this notebook, given by the start of its name")
     parser.add_argument("--list", action="store_true", help="list profiles, notebooks and their parameters, and stop")
     options = parser.parse_args(argv)
-    kept = "" if options.list else "The previous page is left as it was."
+    left = f"The previous page is left as it was. {manifest.restore(options.profile)}".rstrip()
     try:
         if options.list:
             print(list_all(root))
         else:
             build(options.profile, options.only, root)
     except (BuildError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
-        print(f"build.py: {error}\n{kept} {manifest.restore(options.profile)}".rstrip(), file=sys.stderr)
+        print(f"build.py: {error}\n{'' if options.list else left}".rstrip(), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # the interrupted cell's own traceback tells nothing
-        some = "Of the results beside it some may be missing or new. The same command goes on."
-        print(f"\nbuild.py: interrupted. {kept} {some} {manifest.restore(options.profile)}", file=sys.stderr)
+        print(f"\nbuild.py: interrupted; the same command goes on. {left}", file=sys.stderr)
         return 130
     return 0
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the kernel too, as Ctrl-C does
-    if "--list" in sys.argv:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--list | head` ends quietly
     sys.exit(main())

@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 from sgsc_study.cache import CACHE, code_version
@@ -36,7 +35,6 @@ def sha256(path: Path) -> str:
 
 
 def code_sha256() -> str:
-    """SHA-256 of all code of the study, but for its comments, docstrings and errors' words."""
     return code_version("sgsc_study")
 
 
@@ -45,18 +43,17 @@ def now() -> str:
 
 
 def minutes(seconds: float) -> str:
-    """A length of time in words: seconds up to two minutes, then minutes."""
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def raw_results(folder: Path) -> list[Path]:
-    """Return the CSV and JSON files in a folder of results, but for the manifest."""
-    return sorted(path for path in [*folder.glob("*.csv"), *folder.glob("*.json")] if path.name != "manifest.json")
+def written(folder: Path) -> dict[str, int]:
+    """When each CSV and JSON file in a folder of results was written, the manifest aside."""
+    paths = sorted(path for path in folder.iterdir() if path.suffix in (".csv", ".json"))
+    return {path.name: path.stat().st_mtime_ns for path in paths if path.name != "manifest.json"}
 
 
 def cached_stacks() -> int:
-    """Return how many stacks of runs the cache holds."""
-    return sum(1 for _ in CACHE.rglob("output.pkl"))
+    return len(list(CACHE.rglob("output.pkl")))
 
 
 def environment() -> dict[str, Any]:
@@ -85,8 +82,6 @@ def environment() -> dict[str, Any]:
 def write(folder: Path, profile: str, ran: dict[str, Any]) -> dict[str, Any]:
     """Write the manifest of what the notebooks `ran` have left in the folder by now, and return it."""
     names = sorted({name for entry in ran.values() for name in entry["results"]})
-    results = {name: sha256(folder / name) for name in names}
-    tables = {name: pd.read_csv(folder / name) for name in results if name.endswith(".csv")}
     manifest = {
         "profile": profile,
         "started": min(entry["started"] for entry in ran.values()),
@@ -95,8 +90,7 @@ def write(folder: Path, profile: str, ran: dict[str, Any]) -> dict[str, Any]:
         "code_sha256": code_sha256(),
         **environment(),
         "notebooks": ran,
-        "seeds": {name: sorted(map(int, t["seed"].unique())) for name, t in tables.items() if "seed" in t},
-        "results": results,
+        "results": {name: sha256(folder / name) for name in names},
     }
     write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", folder / "manifest.json")
     return manifest
@@ -120,7 +114,6 @@ def command(profile: str, *only: str) -> str:
 
 
 def restore(profile: str) -> str:
-    """How to bring back what is committed; empty for a profile of which nothing is."""
     return "`git restore report README.md` brings back what is committed." if profile == "full" else ""
 
 
