@@ -1,8 +1,7 @@
 """The page: executed notebooks in, one self-contained HTML file out, by nbconvert's own extension points.
 
 A preprocessor (`KeepOurs`) decides which outputs a reader sees; two Jinja filters (`markdown`, `number`) turn Markdown
-into HTML with MathML and give figures, tables and equations their numbers; report/template/ says how it all looks. The
-first figure is one that a notebook made, lifted; the explorer is drawn from a result file, and left out without it.
+into HTML with MathML and give figures, tables and equations their numbers; report/template/ says how it all looks.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -24,7 +23,6 @@ from bs4 import BeautifulSoup
 from jinja2 import pass_context
 from manifest import BuildError, minutes
 from nbconvert import HTMLExporter
-from nbconvert.filters import markdown2html_pandoc
 from nbconvert.preprocessors import Preprocessor
 
 TEMPLATE = Path(__file__).resolve().parent / "template"
@@ -34,19 +32,15 @@ SIZE_LIMIT = 6_000_000  # bytes of one page
 PANDOC = ["--mathml", "--shift-heading-level-by=1", "--wrap=none", "--syntax-highlighting=none"]  # # is an h2
 TAGGED = re.compile(r"\$\$((?:(?!\$\$).)+?)\\tag\{([^}]+)\}((?:(?!\$\$).)*)\$\$", re.DOTALL)  # $$ ... \tag{2.1} ... $$
 NUMBER = re.compile(r"[-+−]?[\d,]+(\.\d+)?(e[-+]?\d+)?|–")  # a cell of a column that is set to the right
-REFERENCES = ("", "Figure", "Table", "Equation")  # a link with one of these texts gets the number of what it links to
 
 
 def merge(executed: dict[str, Path]) -> nbformat.NotebookNode:
-    """Return the executed notebooks as one; a cell's id is `STEM-NUMBER`, and each first cell carries its stem.
-
-    papermill's cell with the values of this run, which the source does not have, joins the defaults before it.
-    """
+    """Return the executed notebooks as one; a cell's id is `STEM-NUMBER`, and each first cell carries its stem."""
     merged = nbformat.v4.new_notebook(metadata={"language_info": {"name": "python", "pygments_lexer": "ipython3"}})
     for stem, path in executed.items():
         number = 0
         for cell in nbformat.read(path, as_version=4).cells:
-            if number and "injected-parameters" in cell.metadata.get("tags", []):
+            if number and "injected-parameters" in cell.metadata.get("tags", []):  # papermill's: below the defaults
                 merged.cells[-1].source += f"\n\n{cell.source.replace('# Parameters', '# in this run', 1)}"
                 continue
             number += 1
@@ -55,10 +49,8 @@ def merge(executed: dict[str, Path]) -> nbformat.NotebookNode:
     return merged
 
 
-def script_text(path: Path) -> str:
-    """Return a script, or a licence as the comment above the script that it belongs to."""
-    text = path.read_text(encoding="utf-8")
-    return text if path.suffix == ".js" else f"/*\n{text}*/"
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 def csp_hash(script: str) -> str:
@@ -71,20 +63,17 @@ def name_of(cell_id: str) -> str:
 
 
 class KeepOurs(Preprocessor):
-    """Drop stderr and foreign HTML; refuse errors, and images that did not come through `sgsc_study.figure`."""
+    """Drop stderr and foreign HTML; refuse images that did not come through `sgsc_study.figure`."""
 
     def preprocess_cell(self, cell, resources, index):
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         for output in cell.get("outputs", []):
             data = output.get("data", {})
-            if output.output_type == "error":
-                raise BuildError(f"{name_of(cell.id)}: {output.ename}: {output.evalue}")
             if not data.get("text/html", "").startswith(('<figure id="fig-', '<figure id="tbl-')):
                 data.pop("text/html", None)
                 if any(kind.startswith("image/") for kind in data):
-                    where = name_of(cell.id)
-                    raise BuildError(f"{where}: an image without alternative text. Show it with sgsc_study.figure.")
+                    raise BuildError(f"{name_of(cell.id)}: an image without alt text. Show it with sgsc_study.figure.")
         return cell, resources
 
 
@@ -92,8 +81,9 @@ class KeepOurs(Preprocessor):
 def markdown(context, source: str) -> str:
     r"""Jinja filter: pandoc's HTML with MathML; `$$ ... \tag{2.1} $$` becomes an equation with the id eq-2.1."""
     source = TAGGED.sub(r"[$$\1\3$$]{#eq-\2 .equation}", source)
-    soup = BeautifulSoup(markdown2html_pandoc(source, PANDOC), "html.parser")
-    for formula in soup.select("span.math"):  # what pandoc could not convert
+    html = pypandoc.convert_text(source, "html", "markdown", PANDOC, verify_format=False)
+    soup = BeautifulSoup(html.rstrip("\n"), "html.parser")
+    if formula := soup.select_one("span.math"):  # what pandoc could not convert
         where = name_of(context["cell"].id) if "cell" in context else "report/template"
         raise BuildError(f"{where}: pandoc does not understand the formula {formula.get_text()}")
     for formula in soup.find_all("math"):
@@ -104,8 +94,7 @@ def markdown(context, source: str) -> str:
         text = formula.next_sibling if isinstance(formula.next_sibling, str) else ""
         if formula["display"] == "inline" and (closing := re.match(r"[.,;:!?)’”»]+", text)):
             formula.next_sibling.replace_with(text[closing.end() :])
-            joined = formula.wrap(soup.new_tag("span", attrs={"class": "joined"}))  # no line starts with a comma
-            joined.append(closing[0])
+            formula.wrap(soup.new_tag("span", attrs={"class": "joined"})).append(closing[0])  # no line starts with it
     for widths in soup.find_all("colgroup"):
         widths.decompose()  # pandoc's guess from the source's dashes; the browser knows better
     for table in soup.find_all("table"):
@@ -114,18 +103,14 @@ def markdown(context, source: str) -> str:
 
 
 def number(html: str) -> dict[str, Any]:
-    """Jinja filter: number figures, tables and equations, resolve references; return the `html` and its `contents`.
-
-    `html` is the whole of main. BuildError: an image without alternative text, or not an SVG within the page, a label
-    used twice, a reference to a label that does not exist.
-    """
+    """Jinja filter: number main's figures, tables and equations, resolve references; its new `html` and `contents`."""
     soup = BeautifulSoup(html, "html.parser")
 
     def fail(tag, message):
         cell = tag.find_parent(class_="cell")
         raise BuildError(f"{name_of(cell['id']) if cell else 'report/template'}: {message}")
 
-    def link(target, content, **attrs):
+    def link(target, *content, **attrs):
         tag = soup.new_tag("a", href=f"#{target}", attrs=attrs)
         tag.extend(content)
         return tag
@@ -139,18 +124,16 @@ def number(html: str) -> dict[str, Any]:
     labels = {}
     for prefix, word in ("fig", "Figure"), ("tbl", "Table"):
         for n, figure in enumerate(soup.select(f'figure[id^="{prefix}-"]'), 1):
-            labels[figure["id"]] = f"{word}\N{NO-BREAK SPACE}{n}"
-            label = link(figure["id"], [labels[figure["id"]] + "."], **{"class": "label"})
-            figure.figcaption.insert(0, label)
-            label.insert_after(" ")
+            label = labels[figure["id"]] = f"{word}\N{NO-BREAK SPACE}{n}"
+            figure.figcaption.insert(0, link(figure["id"], f"{label}.", **{"class": "label"}), " ")
     for equation in soup.select(".equation[id]"):
         n = equation["id"].removeprefix("eq-")
         labels[equation["id"]] = f"Equation\N{NO-BREAK SPACE}{n}"
-        equation.append(link(equation["id"], [f"({n})"], **{"class": "label"}))
+        equation.append(link(equation["id"], f"({n})", **{"class": "label"}))
     for cell in soup.select(".cell:has(details.code):has(figure[id])"):
         made = " and ".join(labels[figure["id"]] for figure in cell.select("figure[id]"))
-        what = re.sub(r"^Show the code(: (Figure|Table)(?=: ))?", f"Show the code of {made}", cell.summary.get_text())
-        cell.summary.string = what
+        said = cell.summary.get_text()
+        cell.summary.string = re.sub(r"^Show the code(: (Figure|Table)(?=: ))?", f"Show the code of {made}", said)
 
     contents = []
     for heading in soup.find_all(["h2", "h3", "h4"]):  # the h2 is the title of its section, which has the id
@@ -162,7 +145,7 @@ def number(html: str) -> dict[str, Any]:
             contents.append(entry)
         elif heading.name == "h3" and contents:
             contents[-1]["parts"].append(entry)
-        heading.append(link(target, list(heading.contents)))
+        heading.append(link(target, *heading.contents))
     for table in soup.find_all("table"):
         table.attrs.pop("border", None)  # pandas writes it, HTML no longer has it
         rows = [row.find_all(["th", "td"]) for row in table.select("tbody tr")]
@@ -170,18 +153,14 @@ def number(html: str) -> dict[str, Any]:
             if all(NUMBER.fullmatch(cell.get_text().strip()) for cell in column):
                 for cell in [*column, *table.select(f"thead tr > :nth-child({k + 1})")]:
                     cell["class"] = "number"
-    ids, twice = set(), []
-    for tag in soup.find_all(id=True):
-        if tag["id"] in ids:
-            twice.append(tag)
-        ids.add(tag["id"])
-    if twice:
-        fail(twice[0], f"the page has two of each of these: {', '.join(tag['id'] for tag in twice)}. Rename them here.")
+    ids = Counter(tag["id"] for tag in soup.find_all(id=True))
+    if twice := [name for name, count in ids.items() if count > 1]:
+        fail(soup.find_all(id=twice[0])[1], f"the page has two of each of {', '.join(twice)}. Rename them here.")
     for a in soup.select('a[href^="#"]'):
         target = a["href"][1:]
         if target not in ids:
             fail(a, f"nothing on the page has the label {target}.")
-        if target in labels and a.get_text() in REFERENCES:
+        if target in labels and a.get_text() in ("", "Figure", "Table", "Equation"):  # other texts stay
             a.string = labels[target]
     return {"html": str(soup), "contents": contents}
 
@@ -211,34 +190,23 @@ def explorer(curves_csv: Path) -> dict[str, Any]:
     }
 
 
-def citation(cff: Path) -> dict[str, Any]:
-    """Return the fields of a CITATION.cff, with `names` for its authors; empty without the file."""
-    if not cff.exists():
-        return {}
-    fields = yaml.safe_load(cff.read_text(encoding="utf-8")) or {}
-    missing = [key for key in ("title", "authors", "version", "date-released", "license") if key not in fields]
-    if missing:
-        raise BuildError(f"{cff.name} should have {', '.join(missing)}. Found {', '.join(fields)}.")
-    people = [author.get("name") or f"{author['given-names']} {author['family-names']}" for author in fields["authors"]]
-    return {**fields, "names": people}
-
-
 def render(executed: dict[str, Path], manifest: dict[str, Any], data: list[Path], findings: str = "") -> str:
     """Return the page: `findings` (Markdown), the executed notebooks as sections, `data` as downloads, the manifest."""
-    os.environ["PATH"] = os.pathsep.join([os.path.dirname(pypandoc.get_pandoc_path()), os.environ.get("PATH", "")])
-    read = {path.name: path for path in data}
-    styles, scripts = [TEMPLATE / "page.css"], [[TEMPLATE / "page.js"]]
-    if curves := read.get("bank_curves.csv"):
+    styles, scripts, shown = [TEMPLATE / "page.css"], [text_of(TEMPLATE / "page.js")], {}
+    if curves := next((path for path in data if path.name == "bank_curves.csv"), None):
         styles.insert(0, UPLOT / "uPlot.min.css")
-        scripts.append([UPLOT / "LICENSE", UPLOT / "uPlot.iife.min.js", TEMPLATE / "explorer.js"])
+        licence, shown = f"/*\n{text_of(UPLOT / 'LICENSE')}*/", explorer(curves)
+        scripts.append("\n".join([licence, text_of(UPLOT / "uPlot.iife.min.js"), text_of(TEMPLATE / "explorer.js")]))
+    cite = yaml.safe_load(text_of(CITATION))
+    people = [author.get("name") or f"{author['given-names']} {author['family-names']}" for author in cite["authors"]]
     page = {
         "manifest": manifest,
         "findings": findings,
-        "explorer": explorer(curves) if curves else {},
-        "citation": citation(CITATION),
-        "style": "\n".join(path.read_text(encoding="utf-8") for path in styles),
-        "scripts": ["\n".join(map(script_text, paths)) for paths in scripts],
-        "data": [{"name": path.name, "text": path.read_text(encoding="utf-8")} for path in data],
+        "explorer": shown,
+        "citation": {**cite, "names": people},
+        "style": "\n".join(map(text_of, styles)),
+        "scripts": scripts,
+        "data": [{"name": path.name, "text": text_of(path)} for path in data],
     }
     exporter = HTMLExporter(
         extra_template_basedirs=[str(TEMPLATE.parent)],
@@ -248,11 +216,7 @@ def render(executed: dict[str, Path], manifest: dict[str, Any], data: list[Path]
         config={"NbConvertBase": {"display_data_priority": ["text/html", "text/markdown", "text/plain"]}},
     )
     html, _ = exporter.from_notebook_node(merge(executed), {"page": page})
-    if len(html.encode()) > SIZE_LIMIT:
-        soup = BeautifulSoup(html, "html.parser")
-        parts = [(len(a["href"]), a["download"]) for a in soup.select("a[download]")]
-        parts += [(len(img["src"]), img.find_parent("figure", id=True)["id"]) for img in soup.select("figure img")]
-        biggest = ", ".join(f"{name} {size / 1e6:.2f} MB" for size, name in sorted(parts, reverse=True)[:5])
-        found = f"{len(html.encode()) / 1e6:.2f} MB, with {biggest}"
-        raise BuildError(f"The page should be under {SIZE_LIMIT / 1e6:g} MB. Found {found}.")
+    if (size := len(html.encode())) > SIZE_LIMIT:
+        biggest = max(data, key=lambda path: path.stat().st_size).name
+        raise BuildError(f"The page should be under {SIZE_LIMIT:,} bytes. Found {size:,}; the biggest is {biggest}.")
     return html
