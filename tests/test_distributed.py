@@ -38,6 +38,7 @@ def check_step(rank: int, shards=UNEVEN, ddp: bool = False, wrapped: bool = Fals
     if first:
         with net.no_sync():
             loss_of(net, x[:first], y[:first], "sum").backward()
+        sgsc.consistency()  # reading it in between changes nothing
     loss_of(net, x[first:], y[first:], "sum").backward()
     prefix = "module." if wrapped else ""
     assert_equal(sgsc.consistency(), {f"{prefix}{name}": c for name, c in alone.consistency().items()})
