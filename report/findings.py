@@ -1,7 +1,8 @@
 """The findings: sentences that a person wrote for the committed results, and the guard that keeps them honest.
 
 report/findings.md.j2 is the text. Each of its sentences names the claims that it rests on and the verdicts that it
-assumes; where a claim no longer says so, the build fails and names the sentence. Numbers come from claims.csv alone.
+assumes, of all seeds and of both halves, or, for what it calls undecided, of all seeds; where a claim no longer says
+so, the build fails and names the sentence. Numbers come from claims.csv alone.
 """
 
 from __future__ import annotations
@@ -32,14 +33,12 @@ def shown(claim: Mapping[str, Any]) -> str:
     pattern, unit = "{:.2f}", ""
     if "accuracy" in measure:
         pattern, unit, values = "{:+.2f}", " points", [100 * value for value in values]
-    elif "smoothness (-log roughness)" in measure:  # more is smoother there; a reader wants the factor of roughness
-        pattern, values = "× {:.2f}", [math.exp(-values[k]) for k in (0, 2, 1)]
-    elif "log roughness" in measure:
+    elif "share" in measure:
+        pattern, unit, values = "{:.0f}", " %", [100 * value for value in values]
+    elif "log of the ratio" in measure:
         pattern, values = "× {:.2f}", [math.exp(value) for value in values]
     elif "log10" in measure:
         pattern, values = "× {:.2f}", [10**value for value in values]
-    elif "total rise" in measure:
-        pattern, unit, values = "{:+.3f}", " nats", [-values[k] for k in (0, 2, 1)]
     estimate, _, interval = with_interval(pattern, *values).partition(" [")
     text = f"{estimate}{unit} [{interval}".replace("[× ", "[").replace(", × ", ", ")
     return re.sub(r"(?<=×) |(?<=\d,) (?=[\d+−])", "\N{NO-BREAK SPACE}", re.sub(r"-(?=\d)", "−", text))
@@ -49,15 +48,24 @@ def findings(results: Path) -> str:
     """Markdown: the findings of the claims in a folder of results; BuildError names a sentence that no longer holds."""
     claims = pd.read_csv(results / "claims.csv").set_index("id", drop=False).to_dict("index")
 
-    def given(verdicts: Mapping[str, str], caller: Callable[[], str]) -> str:
+    def given(
+        verdicts: Mapping[str, str], caller: Callable[[], str], undecided: Mapping[str, str] | None = None
+    ) -> str:
         sentence = " ".join(caller().strip().splitlines())
-        for identity, verdict in verdicts.items():
-            if (found := claims[identity]["verdict"]) != verdict:
-                raise BuildError(f"{TEMPLATE} assumes that {identity} is {verdict}. Found {found}. Rewrite: {sentence}")
+        for identity, verdict in {**verdicts, **(undecided or {})}.items():
+            columns = ("verdict", "half_a", "half_b") if identity in verdicts else ("verdict",)
+            for column in columns:
+                if (found := claims[identity][column]) != verdict:
+                    where = {"half_a": " in half A", "half_b": " in half B"}.get(column, "")
+                    raise BuildError(
+                        f"{TEMPLATE} assumes that {identity} is {verdict}. Found {found}{where}. Rewrite: {sentence}"
+                    )
         return sentence
 
     def cell(identity: str) -> str:
-        return f"**{claims[identity]['verdict']}** {shown(claims[identity])}"
+        claim = claims[identity]
+        same = claim["verdict"] == claim["half_a"] == claim["half_b"]
+        return f"**{claim['verdict']}**{'' if same else ' (not in both halves)'} {shown(claim)}"
 
     source = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
     text = source.from_string((ROOT / TEMPLATE).read_text(encoding="utf-8"))

@@ -40,11 +40,11 @@ def assert_same(found: Curves, expected: Curves, rows: slice = slice(None)) -> N
 
 SPACE = {"lr": FloatDistribution(1e-3, 1e-1, log=True), "gamma": FloatDistribution(0.0, 2.0), "placement": "after"}
 TRAINED = {"epochs": 1, "batch_size": 40, "widths": (40, 10), "n_jobs": 1}
-SEARCH = {"study": "test", "n_studies": 2, "n_trials": 7, "ask_batch": 3, **TRAINED}
+SEARCH = {"study": "test", "n_trials": 7, "ask_batch": 3, **TRAINED}
 
 
 def search(cache, data: Dataset = SMALL, arms: dict | None = None, **changes) -> pd.DataFrame:
-    """Search two arms, two studies each, of seven trials."""
+    """Search two arms, of seven trials each."""
     return tune(arms or {"Adam": {"lr": SPACE["lr"]}, "after": SPACE}, data, cache=cache, **SEARCH | changes)
 
 

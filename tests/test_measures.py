@@ -5,13 +5,14 @@ import math
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.weightstats import DescrStatsW
 from study_inputs import assert_refused
 
-from sgsc_study import compare_paired, smoothness, t_comparison
+from sgsc_study import compare_paired, in_halves, judged, smoothness
 
 
 def test_smoothness_by_hand():
@@ -20,7 +21,7 @@ def test_smoothness_by_hand():
     assert found["normalised_total_variation"] == pytest.approx(5 / 3)
     log = np.log([4.0, 2.0, 3.0, 1.0])
     second = [log[2] - 2 * log[1] + log[0], log[3] - 2 * log[2] + log[1]]
-    assert found["roughness"] == pytest.approx(np.mean(np.square(second)))
+    assert found["roughness"] == pytest.approx(np.sqrt(np.mean(np.square(second))))
     change = np.array([-2.0, 1.0, -2.0]) + 1.0
     assert found["lag1_autocorrelation"] == pytest.approx((change[1:] * change[:-1]).sum() / (change**2).sum())
     assert found["spike_count"] == 1  # 3 lies above 2, its window's median
@@ -88,11 +89,17 @@ def test_equal_arms_are_equivalent_with_p_one():
 
 
 @pytest.mark.parametrize(("reference", "verdict"), [(0.0, "better"), (10.0, "worse"), (2.0, "inconclusive")])
-def test_a_t_test_is_a_comparison_with_its_own_interval(reference, verdict):
-    values = [1.0, 2.0, 3.0, 2.5]
-    found = t_comparison(scipy.stats.ttest_1samp(values, reference), estimate=2.125, n=4, reference=reference)
+def test_an_estimate_is_judged_by_its_interval_against_the_reference(reference, verdict):
+    found = judged(2.125, (1.0, 3.0), n=4, p=0.1, reference=reference)
     assert found["verdict"] == verdict and (found["n"], found["mean_difference"]) == (4, 2.125)
-    np.testing.assert_allclose([found["ci_low"], found["ci_high"]], DescrStatsW(values).tconfint_mean())
+
+
+def test_halves_are_the_even_and_the_odd_seeds_of_every_value():
+    a = np.random.default_rng(0).normal(size=9)
+    tables = pd.DataFrame([a, a + 1])
+    found = in_halves(lambda x, y, margin: (x.tolist(), y.to_numpy().tolist(), margin), a, tables, margin=3)
+    for (x, y, margin), half in zip(found, (a, a[::2], a[1::2]), strict=True):
+        assert x == half.tolist() and y == [half.tolist(), (half + 1).tolist()] and margin == 3
 
 
 def test_bad_arguments_are_refused_by_name():

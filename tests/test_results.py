@@ -55,8 +55,9 @@ def test_claims_are_replaced_by_notebook(tmp_path):
 @pytest.mark.parametrize(("agrees", "better"), [("better", "confirmed"), ("worse", "contradicted"), ("", "better")])
 def test_a_claim_carries_its_comparison_and_a_card_is_confirmed_or_contradicted(agrees, better):
     found = compare_paired([3.0, 4.0, 5.0], [1.0, 2.0, 3.5], margin=0.1)
+    equivalent = {"verdict": "equivalent"}
     about = {"source": "card", "setting": "tuned", "measure": "difference", "figure": "arms"}
-    row = claim("1", "a claim", found, agrees=agrees, **about)
-    equal = claim("1", "a claim", found._asdict() | {"verdict": "equivalent"}, agrees=agrees, **about)
-    assert (row["verdict"], row["estimate"], row["p"]) == (better, found.mean_difference, found.p)
-    assert equal == row | {"verdict": "equivalent"} and row.keys() | {"notebook"} == set(CLAIM_COLUMNS)
+    row = claim("1", "a claim", [found, found, equivalent], agrees=agrees, **about)
+    assert (row["verdict"], row["half_a"], row["half_b"]) == (better, better, "equivalent")
+    assert (row["estimate"], row["p"]) == (found.mean_difference, found.p)
+    assert row.keys() | {"notebook"} == set(CLAIM_COLUMNS)

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from study_inputs import SMALL, SPACE, TRAINED, assert_refused, nobody_trains, search
 
-from sgsc_study import GATES, Run, load_mnist1d, train
+from sgsc_study import GATES, Run, load_mnist1d, search_stored, train
 from sgsc_study import search as module
 
 same = pd.testing.assert_frame_equal
@@ -21,12 +21,12 @@ def whole(tmp_path_factory) -> pd.DataFrame:
 
 
 def test_a_search_is_one_tidy_row_a_trial_that_its_own_runs_reproduce(tmp_path, whole):
-    assert whole.groupby(["arm", "study"])["trial"].apply(list).tolist() == [list(range(7))] * 4
+    assert whole.groupby("arm")["trial"].apply(list).tolist() == [list(range(7))] * 2
     after = whole[whole["arm"] == "after"]
     assert after["lr"].between(1e-3, 1e-1).all() and after["gamma"].between(0, 2).all()
-    for table, n_seeds in ((whole, 1), (search(tmp_path, n_seeds=3, n_studies=1, n_trials=2), 3)):
+    for table, n_seeds in ((whole, 1), (search(tmp_path, n_seeds=3, n_trials=2), 3)):
         row = table.iloc[-1]
-        runs = [Run(int(row["seed"]) + k, row["lr"], row["gamma"], row["placement"]) for k in range(n_seeds)]
+        runs = [Run(10_000 + k, row["lr"], row["gamma"], row["placement"]) for k in range(n_seeds)]
         assert row["valid_accuracy"] == pytest.approx(train(runs, SMALL, **TRAINED).valid_accuracy[:, -1].mean())
 
 
@@ -44,7 +44,7 @@ def test_a_search_stopped_anywhere_ends_with_the_table_of_one_that_was_not(tmp_p
 
     monkeypatch.setattr(owner, call, stopping)
     for k in itertools.count(1):
-        left = k if call == "train" else 7 * k
+        left = k if call == "train" else 5 * k
         try:
             same(search(tmp_path), whole, check_exact=True)
             break
@@ -79,15 +79,15 @@ def test_a_journal_in_the_way_changes_nothing(tmp_path, whole, left):
         journal.with_name(f"{journal.name}.lock").symlink_to("nowhere")
     same(search(tmp_path), whole, check_exact=True)
     storage = module.JournalStorage(module.JournalFileBackend(str(journal)))
-    assert len(optuna.get_all_study_names(storage)) == 4
+    assert len(optuna.get_all_study_names(storage)) == 2
 
 
 def test_a_database_holds_the_search_and_a_second_one_replaces_it(tmp_path, monkeypatch):
     url = f"sqlite:///{tmp_path / 'trials.db'}"
-    first = search(tmp_path, storage=url, n_trials=4, n_studies=1)
+    first = search(tmp_path, storage=url, n_trials=4)
     monkeypatch.setattr("torch.autograd.grad", nobody_trains)
     for storage in (url, ""):
-        same(search(tmp_path, storage=storage, n_trials=4, n_studies=1), first, check_exact=True)
+        same(search(tmp_path, storage=storage, n_trials=4), first, check_exact=True)
     studies = [optuna.load_study(study_name=name, storage=url) for name in optuna.get_all_study_names(url)]
     assert sorted(trial.value for study in studies for trial in study.trials) == sorted(first["valid_accuracy"])
 
@@ -108,5 +108,23 @@ def test_a_bad_url_is_refused_by_name_and_its_password_never_shown(tmp_path, mon
 
 def test_bad_numbers_and_data_without_validation_rows_are_refused_by_name(tmp_path):
     without = load_mnist1d(100, valid_fraction=0.0)
-    assert_refused(partial(search, tmp_path), ValueError, data=[without], n_studies=[0], n_trials=[0], n_seeds=[0])
+    assert_refused(partial(search, tmp_path), ValueError, data=[without], n_trials=[0], n_seeds=[0])
     assert_refused(partial(search, tmp_path), TypeError, ask_batch=[1.5])
+
+
+CELLS = [(lr, gamma) for gamma in (0.0, 0.5) for lr in (0.001, 0.01, 0.1)]
+
+
+@pytest.mark.parametrize("sampler", module.SAMPLERS)
+def test_a_search_of_stored_runs_asks_the_nearest_cells_and_is_the_same_alone_and_among_others(sampler):
+    scores = [[k / 10, k / 10 + 0.02] for k in range(6)]
+    cells, values = search_stored(CELLS, scores, sampler, 14, 2, 0.5, [3, 4])
+    assert cells.shape == values.shape == (2, 14) and set(cells.ravel()) == set(range(6))
+    assert (abs(values - cells / 10 - 0.01) < 0.011).all() and len({*values.ravel()}) > 6  # means of two draws
+    alone = search_stored(CELLS, scores, sampler, 14, 2, 0.5, [4])
+    assert (alone[0][0] == cells[1]).all() and (alone[1][0] == values[1]).all()
+
+
+def test_a_search_without_an_exponent_stays_at_zero_and_finds_the_best_rate():
+    cells, values = search_stored(CELLS, [[0.1], [0.9], [0.2], [1.0], [1.0], [1.0]], "TPE", 12, 1, 0.0, range(5))
+    assert set(cells.ravel()) <= {0, 1, 2} and (values.max(1) == 0.9).all()

@@ -1,0 +1,106 @@
+"""The bank: which cells run on, what its seeds choose, and how sure a difference of two choices is."""
+
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+from study_inputs import SMALL, TRAINED, assert_refused
+
+from sgsc_study import (
+    CELL,
+    Run,
+    best_cell,
+    border_hits,
+    by_cell,
+    compare_paired,
+    compare_tuned,
+    load_mnist1d,
+    race,
+    rechosen,
+    train,
+)
+from sgsc_study import bank as module
+
+RATES = (1e-5, 0.003, 0.01, 0.03)
+ADAM = [Run(0, lr) for lr in RATES]
+ARMS = {"Adam": ADAM, "after": [*ADAM, *(Run(0, lr, 0.5, "after") for lr in RATES)]}
+SETTINGS = TRAINED | {"epochs": 4}
+
+
+@pytest.fixture
+def bank(monkeypatch) -> pd.DataFrame:
+    monkeypatch.setattr(module, "MARGINS", (0.1, 0.03))
+    return race(ARMS, SMALL, rounds=[2, 3, 6], first_seed=70, **SETTINGS)[0]
+
+
+def test_every_run_is_kept_and_a_cell_goes_on_where_an_arm_that_has_it_could_need_it(bank):
+    runs_of = dict(list(bank.groupby(CELL)))
+    sizes = {cell: len(runs) for cell, runs in runs_of.items()}
+    assert {*sizes.values()} >= {2, 6} and len(sizes) == 8 and set(bank["arm"]) == {"Adam", "after"}
+    assert (bank["arm"] == "Adam").equals(bank["gamma"] == 0)
+    assert all(runs["seed"].tolist() == list(range(70, 70 + len(runs))) for runs in runs_of.values())
+    running = {arm: [tuple(vars(cell).values())[1:] for cell in cells] for arm, cells in ARMS.items()}
+    for n, margin in ((2, 0.1), (3, 0.03)):
+        means = {c: runs_of[c]["valid_accuracy"].iloc[:n].mean() for cells in running.values() for c in cells}
+        top = {arm: max(means[cell] for cell in cells) for arm, cells in running.items()}
+        on = {cell for arm, cells in running.items() for cell in cells if means[cell] >= top[arm] - margin}
+        assert {cell for cell in means if sizes[cell] > n} == on
+        running = {arm: [cell for cell in cells if cell in on] for arm, cells in running.items()}
+
+
+def test_a_row_is_the_run_that_its_fields_say_and_the_index_of_a_cell_makes_it_again(bank):
+    valid = by_cell(bank, ["Adam", "after"])
+    assert valid.shape[1] == 6 and len(valid) < 8 and set(by_cell(bank, ["Adam"]).index) <= set(valid.index)
+    again = train([Run(seed, *best_cell(valid)) for seed in valid.columns], SMALL, **SETTINGS).final()
+    np.testing.assert_array_equal(again["valid_accuracy"], valid.loc[best_cell(valid)])
+    assert by_cell(pd.concat([bank, bank.assign(arm="same cells")])).equals(by_cell(bank))
+
+
+def grid(values: list[list[float]], placement: str = "after") -> pd.DataFrame:
+    """A bank of one seed, rates by rows and exponents 0, 1, … by columns; γ = 0 is Adam."""
+    rows = [vars(Run(0, 0.1 * 2**i, float(g), placement if g else "before"))
+            | {"arm": "after" if g else "Adam", "valid_accuracy": value}
+            for i, row in enumerate(values) for g, value in enumerate(row)]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(("values", "said"), [
+    ([[1, 0, 1], [2, 9, 1], [1, 1, 1]], []),
+    ([[1, 0, 1], [9, 2, 1], [1, 1, 1]], []),  # γ = 0 is no border
+    ([[1, 9, 1], [2, 1, 1], [1, 1, 1]], ["best lr, 0.1, is the lowest"]),
+    ([[1, 0, 1], [2, 1, 1], [1, 9, 1]], ["best lr, 0.4, is the highest"]),
+    ([[1, 0, 1], [2, 1, 9], [1, 1, 1]], ["best gamma, 2, is the highest"]),
+])  # fmt: skip
+def test_a_best_cell_at_a_border_is_said_with_its_arm_and_side(values, said):
+    hits = border_hits(grid(values), {"SGSC after": ["Adam", "after"]})
+    assert len(hits) == len(said) and all(f"SGSC after's {words}" in hit for words, hit in zip(said, hits, strict=True))
+
+
+def test_the_choice_follows_the_seeds_and_a_tie_of_two_halves_is_drawn_both_ways():
+    clear, open_ = pd.DataFrame([[0.5, 0.6], [0.7, 0.8]]), pd.DataFrame([[0.5, 0.8], [0.8, 0.5]])
+    assert set(rechosen(clear)) == {1} and rechosen(open_).mean() == pytest.approx(0.25, abs=0.02)  # ties: the first
+    assert (rechosen(clear - 0.1) == rechosen(clear)).all()
+
+
+def test_a_tuned_comparison_of_single_cells_is_the_paired_one_and_a_choice_widens_it():
+    rng = np.random.default_rng(0)
+    a, b, valid = rng.normal(0.02, 0.01, 400), rng.normal(0, 0.01, 400), pd.DataFrame([[0.5, 0.6, 0.7]])
+    one, paired = compare_tuned(valid, valid, pd.DataFrame([a]), pd.DataFrame([b]), margin=0.01), None
+    paired = compare_paired(a, b, margin=0.01)
+    assert (one.n, one.verdict, one.mean_difference) == (400, paired.verdict, pytest.approx(paired.mean_difference))
+    ends = [paired.ci_low, paired.ci_high, paired.ci90_low, paired.ci90_high]
+    np.testing.assert_allclose([one.ci_low, one.ci_high, one.ci90_low, one.ci90_high], ends, atol=2e-4)
+    two = pd.DataFrame([[0.5, 0.8, 0.7], [0.8, 0.5, 0.6]])
+    wide = compare_tuned(two, valid, pd.DataFrame([a, a - 0.05]), pd.DataFrame([b]), margin=0.01)
+    assert wide.mean_difference == one.mean_difference and wide.ci_low < -0.02 < one.ci_low
+    assert wide.ci_high == pytest.approx(one.ci_high, abs=5e-4) and wide.verdict == "inconclusive"
+    same = compare_tuned(two, two, pd.DataFrame([a, b]), pd.DataFrame([a, b]), margin=0.01)
+    assert (same.mean_difference, same.p, same.verdict) == (0.0, 1.0, "equivalent")
+
+
+def test_bad_rounds_and_data_without_validation_rows_are_refused_by_name():
+    call = partial(race, ARMS, SMALL, **SETTINGS)
+    assert_refused(call, ValueError, rounds=[[2, 2], [4, 2], [1, 2, 3, 4]])
+    assert_refused(call, TypeError, rounds=[[1.5]])
+    assert_refused(partial(race, ARMS), ValueError, data=[load_mnist1d(100, valid_fraction=0.0)])
