@@ -21,8 +21,7 @@ def lab(tmp_path_factory):
     home, token = tmp_path_factory.mktemp("lab"), secrets.token_hex(16)
     shutil.copytree(ROOT / "notebooks", home / "notebooks")  # copies: JupyterLab saves what it shows
     own = {"JUPYTER_CONFIG_DIR": f"{home}/config", "JUPYTER_DATA_DIR": f"{home}/data", "IPYTHONDIR": f"{home}/ipython"}
-    options = f"""--no-browser --ip=127.0.0.1 --port=0 --allow-root
-        --ServerApp.root_dir={home} --LabApp.news_url=None --LabServerApp.workspaces_dir={home}
+    options = f"""--no-browser --ip=127.0.0.1 --port=0 --allow-root --ServerApp.root_dir={home} --LabApp.news_url=None
         --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate"""
     command, log = [sys.executable, "-m", "jupyterlab", *options.split()], home / "log"
     with log.open("w") as lines:

@@ -4,25 +4,19 @@ import math
 
 import pytest
 import torch
-from inputs import Made, scale
 from torch import nn
 
-from sgsc_lib import SGSC, per_sample_rule
+from sgsc_lib import convolution_rule, embedding_rule, linear_rule
 from sgsc_study import align_runs
 from sgsc_study.testing import assert_gate, assert_rule
 
-PARTLY_FROZEN = nn.Linear(4, 3)
-PARTLY_FROZEN.bias.requires_grad_(False)
 
-
-@pytest.mark.parametrize("module, shape", [
-    (nn.Linear(4, 3), (6, 4)), (nn.Linear(4, 3, bias=False), (6, 5, 4)), (PARTLY_FROZEN, (6, 4)), (scale(4), (6, 4)),
-    (nn.Conv2d(2, 4, 3, groups=2), (6, 2, 5, 5)), (nn.Embedding(5, 4, padding_idx=0), (6, 7)),
-])  # fmt: skip
-def test_the_rules_in_the_table_pass(module, shape, monkeypatch):
-    monkeypatch.setitem(SGSC.rules, Made, per_sample_rule)
-    inputs = torch.randint(5, shape) if isinstance(module, nn.Embedding) else torch.randn(shape, dtype=torch.float64)
-    assert_rule(SGSC.rules[type(module)], module.double(), inputs)
+def test_rules_pass_on_sequences_on_images_on_tokens_and_where_a_part_is_frozen():
+    partly_frozen = nn.Linear(4, 3)
+    partly_frozen.bias.requires_grad_(False)
+    assert_rule(linear_rule, partly_frozen.double(), torch.randn(6, 5, 4).double())
+    assert_rule(convolution_rule, nn.Conv2d(2, 4, 3, groups=2).double(), torch.randn(6, 2, 5, 5).double())
+    assert_rule(embedding_rule, nn.Embedding(5, 4, padding_idx=0).double(), torch.randint(5, (6, 7)))
 
 
 def by_hand(make):
