@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -34,12 +35,13 @@ def negative(value: int) -> int:
 
 
 def test_results_are_kept_under_their_keys(tmp_path):
-    def run(values: list, keys: list) -> list[int]:
-        return parallel(negative, [(value,) for value in values], n_jobs=1, cache=tmp_path, keys=keys)
-
-    assert run([8, 9], ["a", "b"]) == [-8, -9] and run([0, 0, 7], ["b", "a", ["c", 1]]) == [-9, -8, -7]
+    kept = partial(parallel, n_jobs=1, cache=tmp_path)
+    assert kept(negative, [(8,), (9,)], keys=["a", "b"]) == [-8, -9]
+    assert kept(negative, [(0,), (0,), (7,)], keys=["b", "a", ["c", 1]]) == [-9, -8, -7]
     with pytest.raises(ValueError):
-        run([8, 9], ["a"])
+        kept(negative, [(8,), (9,)], keys=["a"])
+    with pytest.raises(ValueError, match="`function`"):
+        kept(lambda value: -value, [(8,)])
 
 
 @pytest.mark.parametrize("part", range(3), ids=["code", "torch", "arithmetic"])
