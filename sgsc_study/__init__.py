@@ -2,13 +2,13 @@
 
 data        MNIST-1D and its splits                  training   `train`: stacks of runs on all cores, from the cache
 gates       SGSC's gate and its relatives            bank       every run of a grid, and what it says is best
-runs        one run as data                          search     Optuna's searches, on real training and on a bank
-engine      a stack of runs, step by step            parameters what a notebook's parameter may be
-cnn         a convolutional network, by `SGSC`       results    result files and claims
-cache       what was computed, by which code         figures    captioned figures and tables
-workers     processes, a cluster, the arithmetic     notebook   `begin`: a notebook's first cell
-measures    smoothness, the verdict on two arms      testing    for the tests of a gate or rule of one's own
-curves      what runs left, as tidy tables
+runs        one run as data                          tabular    Optuna's searches of a bank, without training
+engine      a stack of runs, step by step            search     Optuna's searches, on real training
+cnn         a convolutional network, by `SGSC`       parameters what a notebook's parameter may be
+cache       what was computed, by which code         results    result files and claims
+workers     processes, a cluster, the arithmetic     figures    captioned figures and tables
+measures    smoothness, the verdict on two arms      notebook   `begin`: a notebook's first cell
+curves      what runs left, as tidy tables           testing    for the tests of a gate or rule of one's own
 
 Cached runs depend on `engine` and `cnn` and what they import; a change elsewhere does not train them again.
 """
@@ -24,6 +24,7 @@ from sgsc_study.measures import PairedComparison, compare_paired, in_halves, jud
 from sgsc_study.notebook import begin
 from sgsc_study.results import claim, read_table, write_claims, write_table
 from sgsc_study.runs import PLACEMENTS, Run
-from sgsc_study.search import search_stored, tune
+from sgsc_study.search import tune
+from sgsc_study.tabular import search_stored
 from sgsc_study.training import check_training, train
 from sgsc_study.workers import parallel, with_progress

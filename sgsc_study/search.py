@@ -1,7 +1,7 @@
-"""Search hyperparameters with Optuna: on real training, or thousands of times on the stored runs of a bank.
+"""Search hyperparameters with Optuna, on real training.
 
-A search on real training keeps no state of its own: begun again, it asks the same questions, and the cache of runs
-answers those that were answered before. Its study is written down for whoever wants to look at it, and never read.
+A search keeps no state of its own: begun again, it asks the same questions, and the cache of runs answers those that
+were answered before. Its study is written down for whoever wants to look at it, and never read.
 """
 
 import hashlib
@@ -9,17 +9,15 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 import pandas as pd
 from filelock import FileLock
-from optuna.distributions import BaseDistribution, FloatDistribution, distribution_to_json
-from optuna.samplers import BaseSampler
+from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
@@ -28,12 +26,6 @@ from sgsc_study.cache import CACHE
 from sgsc_study.data import Dataset, sha256_of
 from sgsc_study.runs import Run
 from sgsc_study.training import train
-
-SAMPLERS: dict[str, Callable[..., BaseSampler]] = {
-    "TPE": optuna.samplers.TPESampler,
-    "random": optuna.samplers.RandomSampler,
-    "GP": optuna.samplers.GPSampler,
-}
 
 
 def tune(
@@ -104,45 +96,6 @@ def tune(
             for trial in each.get_trials(deepcopy=False)
         ]
     return pd.DataFrame(rows)
-
-
-def search_stored(
-    cells: Sequence[tuple[float, float]],
-    scores: Sequence[Sequence[float]],
-    sampler: str,
-    n_trials: int,
-    n_seeds: int,
-    gamma_high: float,
-    seeds: Sequence[int],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Search a bank as a tabular benchmark (Klein & Hutter, arXiv 1905.04970), once for each of `seeds`.
-
-    `cells` are (learning rate, γ), `scores` each cell's stored validation accuracies. Optuna's `sampler` ("TPE",
-    "random" or "GP") asks in the log of the learning rate, over the range that the cells have, and, unless `gamma_high`
-    is 0, in γ from 0 to that. The nearest cell (of the nearest γ, that with the nearest rate) answers with the mean of
-    `n_seeds` of its runs, drawn with replacement. Returns each trial's cell, int [searches, n_trials], and value.
-
-    >>> found = search_stored([(0.01, 0.0), (0.1, 0.0)], [[0.6], [0.5]], "TPE", 10, 1, 0.0, range(3))
-    >>> found[1].max(1)
-    array([0.6, 0.6, 0.6])
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    rates, gammas = np.array(cells).T
-    space: dict[str, BaseDistribution] = {"lr": FloatDistribution(rates.min(), rates.max(), log=True)}
-    space |= {"gamma": FloatDistribution(0.0, gamma_high)} if gamma_high else {}
-    found = []
-    for seed in seeds:
-        study, draw = optuna.create_study(direction="maximize"), np.random.default_rng(seed)
-        study.sampler = SAMPLERS[sampler](seed=seed)
-        for _ in range(n_trials):
-            trial = study.ask(space)
-            away = np.abs(gammas - trial.params.get("gamma", 0.0))
-            cell = int(np.where(away == away.min(), np.abs(np.log(rates / trial.params["lr"])), np.inf).argmin())
-            value = float(draw.choice(scores[cell], n_seeds).mean())
-            study.tell(trial, value)
-            found.append((cell, value))
-    trials = np.array(found).reshape(len(seeds), n_trials, 2)
-    return trials[..., 0].astype(int), trials[..., 1]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from study_inputs import SMALL, SPACE, TRAINED, assert_refused, nobody_trains, search
 
-from sgsc_study import GATES, Run, load_mnist1d, search_stored, train
+from sgsc_study import GATES, Run, load_mnist1d, train
 from sgsc_study import search as module
 
 same = pd.testing.assert_frame_equal
@@ -110,21 +110,3 @@ def test_bad_numbers_and_data_without_validation_rows_are_refused_by_name(tmp_pa
     without = load_mnist1d(100, valid_fraction=0.0)
     assert_refused(partial(search, tmp_path), ValueError, data=[without], n_trials=[0], n_seeds=[0])
     assert_refused(partial(search, tmp_path), TypeError, ask_batch=[1.5])
-
-
-CELLS = [(lr, gamma) for gamma in (0.0, 0.5) for lr in (0.001, 0.01, 0.1)]
-
-
-@pytest.mark.parametrize("sampler", module.SAMPLERS)
-def test_a_search_of_stored_runs_asks_the_nearest_cells_and_is_the_same_alone_and_among_others(sampler):
-    scores = [[k / 10, k / 10 + 0.02] for k in range(6)]
-    cells, values = search_stored(CELLS, scores, sampler, 14, 2, 0.5, [3, 4])
-    assert cells.shape == values.shape == (2, 14) and set(cells.ravel()) == set(range(6))
-    assert (abs(values - cells / 10 - 0.01) < 0.011).all() and len({*values.ravel()}) > 6  # means of two draws
-    alone = search_stored(CELLS, scores, sampler, 14, 2, 0.5, [4])
-    assert (alone[0][0] == cells[1]).all() and (alone[1][0] == values[1]).all()
-
-
-def test_a_search_without_an_exponent_stays_at_zero_and_finds_the_best_rate():
-    cells, values = search_stored(CELLS, [[0.1], [0.9], [0.2], [1.0], [1.0], [1.0]], "TPE", 12, 1, 0.0, range(5))
-    assert set(cells.ravel()) <= {0, 1, 2} and (values.max(1) == 0.9).all()
