@@ -32,10 +32,7 @@ def test_a_notebook_begins_with_its_folder_one_thread_and_numbers_of_their_types
     assert begin({"In": ["x = 1"]}) is None
 
 
-BAD = ["epochs = 3", "epochs = 4.0", "samples = 15", "lr = -0.1", "lr = 'fast'", "lr = float('nan')", "widths = [0]"]
-
-
-@pytest.mark.parametrize("bad", [*BAD, "storage = 'here'", "scheduler = 'here'"])
+@pytest.mark.parametrize("bad", ["epochs = 3", "lr = 'fast'", "widths = [0]", "storage = 'here'", "scheduler = 'here'"])
 def test_bad_parameters_are_refused_by_name_all_at_once_and_make_nothing(tmp_path, bad):
     for how in ("injected", "edited"):
         with pytest.raises(ValueError, match=f"`{bad.split()[0]}`"):
