@@ -67,14 +67,16 @@ def processes_of(root: Path) -> list[int]:
 # -- killed, interrupted, started twice --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("profile", ["toy", "smoke"])
-def test_killed_builds_are_completed_by_the_next_byte_for_byte(profile, trained, smoke, tmp_path):
+@pytest.mark.parametrize(("profile", "fixture", "copy"), [
+    ("toy", "trained", training_repository), ("smoke", "smoke", copy_repository),
+])  # fmt: skip
+def test_killed_builds_are_completed_by_the_next_byte_for_byte(profile, fixture, copy, request, tmp_path):
     """Builds are killed at random moments, and the next one completes them; every second one starts from nothing.
 
     The first two kills hit build.py alone, as a user's kill does, the others all its processes at once, as a power cut.
     """
-    expected, copy = {"toy": (trained[1], training_repository), "smoke": (smoke[1], copy_repository)}[profile]
-    root, moments, start = copy(tmp_path / "again"), random.Random(0), time.monotonic()
+    expected, root = request.getfixturevalue(fixture)[1], copy(tmp_path / "again")
+    moments, start = random.Random(0), time.monotonic()
     assert run_build(root, profile) == expected and len(expected) >= 5
     length, page = time.monotonic() - start, root / f"report/sgsc-{profile}.html"
     for k in range(4):
