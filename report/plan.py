@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,22 @@ def notebooks(root: Path) -> list[str]:
     return sorted(path.stem for path in (root / "notebooks").glob("*.ipynb"))
 
 
-class UniqueKeys(yaml.SafeLoader):
-    """YAML that refuses a key that stands twice, where the second would win."""
+class PlainYAML(yaml.SafeLoader):
+    """YAML without its traps: a key that stands twice, where the second would win, and 010, which would be 8."""
 
     def construct_mapping(self, node, deep=False):
         names = [str(key.value) for key, _ in node.value]
         if twice := {name for name in names if names.count(name) > 1}:
             raise yaml.constructor.ConstructorError(None, None, f"{', '.join(sorted(twice))} twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node):
+        if not re.fullmatch(r"[-+]?(0|[1-9][\d_]*)", node.value):
+            raise yaml.constructor.ConstructorError(None, None, f"{node.value} is no plain number", node.start_mark)
+        return super().construct_yaml_int(node)
+
+
+PlainYAML.add_constructor("tag:yaml.org,2002:int", PlainYAML.construct_yaml_int)
 
 
 def parameters_of(notebook: Path) -> dict[str, Any]:
@@ -60,7 +69,7 @@ def read_profile(place: Place) -> dict[str, dict[str, Any]]:
     """Return `{notebook: {parameter: value}}` in the order to run; BuildError lists all that is wrong with it."""
     path = f"report/profiles/{place.profile}.yaml"
     try:
-        profile = yaml.load((place.root / path).read_text(encoding="utf-8"), Loader=UniqueKeys)
+        profile = yaml.load((place.root / path).read_text(encoding="utf-8"), Loader=PlainYAML)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BuildError(f"{path} is not YAML in UTF-8: {error}") from None
     if not isinstance(profile, dict):

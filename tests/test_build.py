@@ -84,3 +84,13 @@ def test_a_notebook_that_writes_anothers_result_is_refused_and_so_is_the_result(
         build_toy(toy, "--only", "02", exit_code=1)
         error = capsys.readouterr().err
         assert "raw.csv" in error and "--only 01_first" in error
+
+
+def test_a_notebook_edited_while_it_runs_is_out_of_date(toy, monkeypatch, capsys):
+    def run_and_edit(*given, run_it=build.run_notebook):
+        run_it(*given)
+        write_notebook(toy / "notebooks/02_second.ipynb", "# Second, edited", *SECOND[1:])
+
+    monkeypatch.setattr(build, "run_notebook", run_and_edit)
+    build_toy(toy, "--only", "02")
+    assert write_page(toy) is None and "02_second" in capsys.readouterr().out

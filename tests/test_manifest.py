@@ -88,3 +88,18 @@ def test_training_is_told_of_the_build_that_trained_most(toy, monkeypatch):
     for _ in range(2):
         assert build.main(["--profile", "toy", "--only", "02"], toy) == 0
         assert manifest.read(toy / "report/results/toy")["notebooks"]["02_second"]["training"]["stacks"] == 12
+
+
+def test_setting_the_clock_back_damages_no_file_and_training_is_told_of_the_build_that_trained_most(toy, monkeypatch):
+    years, stacks, results = iter(range(2020, 1900, -1)), iter([0, 12, 12, 12, 12, 12]), toy / "report/results/toy"
+    monkeypatch.setattr(manifest, "now", lambda: f"{next(years)}-01-01T00:00:00+00:00")
+    monkeypatch.setattr(manifest, "cached_stacks", lambda: next(stacks))  # before and after each notebook
+    monkeypatch.setattr(build, "run_notebook", lambda *_: (results / "claims.csv").write_text(f"id\n{next(years)}\n"))
+    for only in ("02", "01", "02"):
+        assert build.main(["--profile", "toy", "--only", only], toy) == 0
+        made = manifest.read(results)
+        manifest.check_results(results, made)
+        first, second = made["notebooks"].values()
+        assert second["training"]["stacks"] == 12 and " cores" in second["training"]["machine"]
+    assert first["started"] > second["started"] > made["finished"]
+

@@ -58,7 +58,8 @@ def test_all_that_is_wrong_is_told_at_once_and_nothing_runs(read, tmp_path, caps
 
 @pytest.mark.parametrize("text", [
     b"", b"- 01_one", b"01_one: 3", b"01_one: {n_seeds: ", b"01_one:\n01_one:", b"? [1, 2]\n: 3",
-    b"01_one: {lr: 0.1, n_seeds: 3, lr: 0.2}", "01_one: {arm: Müller}".encode("latin-1"),
+    b"01_one: {lr: 0.1, n_seeds: 3, lr: 0.2}", b"01_one: {n_seeds: 010}", b"01_one: {n_seeds: 0x10}",
+    b"01_one: {n_seeds: 1:30}", "01_one: {arm: Müller}".encode("latin-1"), "01_one:".encode("utf-16"),
 ])  # fmt: skip
 def test_a_profile_that_yaml_would_misread_is_refused_by_name_also_by_list(read, tmp_path, capsys, text):
     with pytest.raises(BuildError, match=r"report/profiles/toy\.yaml"):
