@@ -52,6 +52,8 @@ def verify_runs(place: Place, manifest: dict[str, Any]) -> bool:
     fresh = draw_mnist1d(settings["fresh_samples"], seed=43)
     found = train(runs, load_mnist1d(), fresh=fresh, stack_size=4, **kept).final()
     numbers = [name for name in found if name in table and name not in fields]
+    for name in found.filter(like="probe_"):  # some arms were trained without losses by step
+        found[name] = found[name].where(table[name].notna())
     same = [np.array_equal(found[n], table[n].astype(found[n].dtype), equal_nan=True) for n in numbers]
     what = f"{len(found)} whole runs (the first seed of each arm of evaluation.csv), {len(numbers)} numbers each:"
     if all(same):
