@@ -146,7 +146,9 @@ def test_the_best_exponent_and_rate_are_judged_over_draws_of_the_banks_seeds(ide
         assert row[name] == ("confirmed" if high < reference else "contradicted" if low > reference else "inconclusive")
         if name == "verdict":
             assert row["estimate"] == pytest.approx(found(best(before), best(adam)), abs=1e-9)
-            assert (row["ci_low"], row["ci_high"]) == pytest.approx((low, high), abs=1e-9)
+            below, above = np.array(draws) - row["ci_low"], np.array(draws) - row["ci_high"]
+            for beyond, reached in ((below < -1e-9, below < 1e-9), (above > 1e-9, above > -1e-9)):  # cells are steps
+                assert beyond.mean() < 0.035 and reached.mean() > 0.015
 
 
 def winner(arm: str, seed: int, draw: np.random.Generator) -> pd.DataFrame:
