@@ -86,7 +86,11 @@ def by_cell(runs: pd.DataFrame, arms: Sequence[str] = (), column: str = "valid_a
 
 
 def best_cell(valid: pd.DataFrame) -> tuple:
-    """The cell [of cells, seeds] with the best mean: an arm's tuned value."""
+    """The cell of [cells, seeds] with the best mean: an arm's tuned value.
+
+    >>> best_cell(pd.DataFrame([[0.6, 0.7], [0.8, 0.6]], index=["one", "other"]))
+    'other'
+    """
     return valid.mean(axis=1).idxmax()
 
 
