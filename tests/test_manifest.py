@@ -102,4 +102,3 @@ def test_setting_the_clock_back_damages_no_file_and_training_is_told_of_the_buil
         first, second = made["notebooks"].values()
         assert second["training"]["stacks"] == 12 and " cores" in second["training"]["machine"]
     assert first["started"] > second["started"] > made["finished"]
-
