@@ -13,12 +13,12 @@ curves      what runs left, as tidy tables           testing    for the tests of
 Cached runs depend on `engine` and `cnn` and what they import; a change elsewhere does not train them again.
 """
 
-from sgsc_study.bank import CELL, best_cell, border_hits, by_cell, compare_tuned, race, rechosen
+from sgsc_study.bank import CELL, GRIDS, best_cell, border_hits, by_cell, compare_tuned, race, rechosen
 from sgsc_study.cache import CACHE, ROOT
 from sgsc_study.cnn import mnist1d_cnn, train_cnn
 from sgsc_study.curves import Curves
 from sgsc_study.data import Dataset, draw_mnist1d, load_mnist1d
-from sgsc_study.figures import figure, table, with_interval
+from sgsc_study.figures import figure, in_words, table, verdict_in_words, with_interval
 from sgsc_study.gates import GATES, RELATIVES, align_runs
 from sgsc_study.measures import PairedComparison, compare_paired, in_halves, judged, smoothness
 from sgsc_study.notebook import begin

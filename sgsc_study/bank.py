@@ -17,6 +17,8 @@ from sgsc_study.measures import verdict_of
 from sgsc_study.runs import Run
 from sgsc_study.training import train
 
+# The arms whose cells make an arm's grid: SGSC with γ = 0 is Adam, so Adam's cells are in all of them.
+GRIDS = {"Adam": ["Adam"], "SGSC before": ["Adam", "SGSC before"], "SGSC after": ["Adam", "SGSC after"]}
 CELL = [field.name for field in fields(Run) if field.name != "seed"]  # a cell is a Run without its seed
 # How far below its arm's leader a cell's mean validation accuracy may be after each round, to run the next: 4 points
 # after 2 seeds, 1.5 after 8. A run's standard deviation is about 1.5 points near an optimum.
@@ -118,13 +120,17 @@ def border_hits(bank: pd.DataFrame, arms: Mapping[str, Sequence[str]]) -> list[s
     """
     hits = []
     for arm, parts in arms.items():
-        best = dict(zip(CELL, best_cell(by_cell(bank, parts)), strict=True))
-        own = bank[bank["arm"].isin(parts) & ((bank["placement"] == best["placement"]) | (bank["gamma"] == 0))]
-        for name, ends in (("lr", ("min", "max")), ("gamma", ("max",)), ("weight_decay", ("max",))):
-            grid = own.loc[own["gamma"] == best["gamma"], "lr"] if name == "lr" else own[name]
-            words = [{"min": "lowest", "max": "highest"}[end] for end in ends if best[name] == grid.agg(end)]
-            if words and grid.nunique() > 1:
-                hits.append(f"{arm}'s best {name}, {best[name]:g}, is the {words[0]} of its grid.")
+        best = Run(0, *best_cell(by_cell(bank, parts)))
+        own = bank[bank["arm"].isin(parts) & ((bank["placement"] == best.placement) | (bank["gamma"] == 0))]
+        rates = own.loc[own["gamma"] == best.gamma, "lr"]
+        ends = (
+            ("lr", rates, "min", "lowest"),
+            ("lr", rates, "max", "highest"),
+            ("gamma", own["gamma"], "max", "highest"),
+        )
+        for name, grid, end, word in ends:
+            if grid.nunique() > 1 and (value := getattr(best, name)) == grid.agg(end):
+                hits.append(f"{arm}'s best {name}, {value:g}, is the {word} of its grid.")
     return hits
 
 

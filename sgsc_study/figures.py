@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 
 
@@ -18,6 +19,35 @@ def with_interval(pattern: str, mean: float, low: float, high: float) -> str:
     '+1.40 [+0.47, +2.32]'
     """
     return "{} [{}, {}]".format(*(pattern.format(value) for value in (mean, low, high)))
+
+
+def verdict_in_words(verdict: str, measure: str) -> str:
+    """A verdict as a reader meets it: more roughness or total rise is rougher, not better.
+
+    >>> verdict_in_words("worse", "log roughness")
+    'smoother'
+    """
+    rough = "roughness" in measure or "rise" in measure
+    return {"better": "rougher", "worse": "smoother"}.get(verdict, verdict) if rough else verdict
+
+
+def in_words(found: Any, measure: str) -> str:
+    """A comparison `found` as a table shows it: the difference with its 95 % interval, and the verdict.
+
+    An accuracy is in points, log roughness a factor, total rise in nats.
+
+    >>> from sgsc_study.measures import compare_paired
+    >>> in_words(compare_paired([0.71, 0.69, 0.73, 0.72], [0.66, 0.65, 0.67, 0.68], margin=0.01), "fresh accuracy")
+    '+4.75 [+3.23, +6.27] better'
+    """
+    numbers = np.array([found.mean_difference, found.ci_low, found.ci_high])
+    if "accuracy" in measure:
+        shown = with_interval("{:+.2f}", *(100 * numbers))
+    elif "roughness" in measure:
+        shown = "× " + with_interval("{:.2f}", *np.exp(numbers))
+    else:
+        shown = with_interval("{:+.3f}", *numbers)
+    return f"{shown} {verdict_in_words(found.verdict, measure)}"
 
 
 def _show(label: str, begin: str, inside: str) -> None:

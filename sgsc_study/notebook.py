@@ -18,9 +18,9 @@ from sgsc_study.workers import on_workers
 def begin(notebook: dict[str, Any]) -> Path | None:
     """Check a notebook's parameters, given as its `globals()`; return the folder `results`, made if need be, or None.
 
-    Each parameter must have the type and the bounds that its parameters cell declares, and each
-    name that papermill injected must be declared; one ValueError tells all that is wrong. A `storage` or `scheduler`
-    must answer. Sets torch to one thread, as more add up in another order, and the report's style of figures.
+    Each parameter must have the type and the bounds that its parameters cell declares, and each name that papermill
+    injected must be declared; one ValueError tells all that is wrong. A `storage` or `scheduler` must answer. Sets
+    torch to one thread, as more add up in another order, and the report's style of figures.
 
     >>> begin({"In": ["epochs: int = 50  # length of a run, at least 2"], "epochs": 1})
     Traceback (most recent call last):

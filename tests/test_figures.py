@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
-from sgsc_study import figure, table
+from sgsc_study import figure, in_words, table
 
 
 def test_figures_and_tables_are_shown_with_escaped_words(monkeypatch):
@@ -32,3 +32,14 @@ def test_labels_that_no_link_could_name_and_figures_without_words_are_refused(la
         with pytest.raises(ValueError, match=name):
             figure(plt.figure(), label, caption="A figure.", **words)
     plt.close("all")
+
+
+@pytest.mark.parametrize(("measure", "said"), [
+    ("fresh accuracy", "+10.00 [-5.00, +20.00] better"),
+    ("log roughness", "× 1.11 [0.95, 1.22] rougher"),
+    ("total rise", "+0.100 [-0.050, +0.200] rougher"),
+])  # fmt: skip
+def test_a_comparison_is_shown_in_the_unit_and_the_words_of_its_measure(measure, said):
+    numbers = pd.Series({"mean_difference": 0.1, "ci_low": -0.05, "ci_high": 0.2})
+    assert in_words(pd.concat([numbers, pd.Series({"verdict": "better"})]), measure) == said
+    assert in_words(pd.concat([numbers, pd.Series({"verdict": "equivalent"})]), measure).endswith(" equivalent")

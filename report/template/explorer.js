@@ -76,8 +76,10 @@
       slider.value = Math.floor(slider.max * where);
     }
   }
-  box.addEventListener('change', (event) => { if (event.target.name === 'placement') { place(); update(); } });
-  box.addEventListener('input', (event) => { if (event.target.name !== 'placement') update(); });
+  box.addEventListener('input', (event) => {
+    if (event.target.name === 'placement') place();
+    update();
+  });
   update();
 
   const recolour = () => plots.forEach((plot) => plot.redraw());
