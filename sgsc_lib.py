@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sgsc_checks import (
     Explanation,
@@ -531,9 +532,11 @@ the samples. Call its eval(), or use GroupNorm.
     def scaled_update(self) -> AbstractContextManager[None]:
         """Gate the finished update instead: p ← p_before + c ** γ · (p_after − p_before) around `optimizer.step()`.
 
-        All that the step does to a parameter is gated, decoupled weight decay included. Holds the gates and a copy of
-        the parameters for the length of the step; c = 1 gives the ungated step bit for bit. A call that no `with`
-        entered is a RuntimeError in the next forward pass.
+        Weight decay that torch's optimizer decouples from the gradient (AdamW, Adafactor, Muon, and the others'
+        `decoupled_weight_decay=True`) is not gated: it acts whatever c is. All else that the step does to a parameter
+        is gated, so also what an optimizer from elsewhere calls decoupled. Holds the gates and a copy of the
+        parameters for the length of the step; c = 1 gives the ungated step bit for bit. A call that no `with` entered
+        is a RuntimeError in the next forward pass.
 
         >>> model = mlp((40, 16, 10), seed=0)
         >>> sgsc, optimizer = SGSC(model, gamma=0.25), torch.optim.Adam(model.parameters())
@@ -548,7 +551,9 @@ the samples. Call its eval(), or use GroupNorm.
     def _scaled_update(self) -> Iterator[None]:
         self._awaits_with = False
         gated = [(p, gate.to(p.dtype), p.detach().clone()) for p, gate in self._gates()]
-        yield
+        start = {p: before for p, _, before in gated}
+        with register_optimizer_step_pre_hook(lambda optimizer, *_: _decay(optimizer, start)):
+            yield
         with torch.no_grad():
             for p, gate, before in gated:
                 p.copy_(torch.where(gate == 1, p, torch.lerp(before, p, gate)))  # lerp(p, ∞, 1) is NaN
@@ -597,6 +602,20 @@ the samples. Call its eval(), or use GroupNorm.
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+
+@torch.no_grad()
+def _decay(optimizer: torch.optim.Optimizer, start: dict[nn.Parameter, Tensor]) -> None:
+    """Decay copies of parameters as the optimizer is about to decay the parameters, where it decouples that."""
+    found_inf = getattr(optimizer, "found_inf", None)  # a GradScaler's: the fused step will do nothing
+    if found_inf is not None and found_inf.item():
+        return
+    always = isinstance(optimizer, (torch.optim.AdamW, torch.optim.Adafactor, torch.optim.Muon))
+    for group in optimizer.param_groups:
+        if (always or group.get("decoupled_weight_decay")) and group["weight_decay"]:
+            for p in group["params"]:
+                if p in start and p.grad is not None:
+                    start[p].mul_(1 - group["lr"] * group["weight_decay"])
 
 
 @dataclass

@@ -44,7 +44,7 @@ class Curves:
 
         >>> from sgsc_study import load_mnist1d, train
         >>> train([Run(0, lr=0.01)], load_mnist1d(100), epochs=2, batch_size=16, widths=(40, 10)).frame().shape
-        (2, 16)
+        (2, 17)
         """
         n_runs, n_evaluated = self.train_loss.shape
         runs = pd.DataFrame([asdict(run) for run in self.runs]).loc[np.repeat(np.arange(n_runs), n_evaluated)]

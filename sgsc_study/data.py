@@ -34,7 +34,7 @@ def sha256_of(*tensors: Tensor) -> str:
     return digest.hexdigest()
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=8, typed=True)
 def draw_mnist1d(num_samples: int = 5000, *, seed: int = 42) -> tuple[Tensor, Tensor]:
     """Draw MNIST-1D with its authors' own generator and default settings, in their order.
 

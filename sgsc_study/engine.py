@@ -4,7 +4,8 @@ Run r gives the same bits alone and in any stack: it has generators of its own, 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor
 from sgsc_lib import factored_sums, mlp
 from sgsc_study.data import Dataset
 from sgsc_study.gates import SUMS, Gate, align_runs, sums_of
-from sgsc_study.runs import EPOCH_CURVES, Run
+from sgsc_study.optimizers import OPTIMIZERS, plain, step_
+from sgsc_study.runs import EPOCH_CURVES, HALVES, Run
 
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam's defaults (Kingma & Ba, arXiv 1412.6980), as in torch.optim.Adam
+Layers = list[tuple[Tensor, Tensor]]  # of each layer the input A [R, B, in] and the error Δ [R, B, out]
 
 
 def stacked_parameters(runs: Sequence[Run], widths: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
@@ -56,43 +58,6 @@ def evaluate(parameters: list[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Te
     return loss / n, correct / n if n else torch.full((n_runs,), math.nan)
 
 
-def adam_step_(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    moments: list[tuple[Tensor, Tensor]],
-    lr: Tensor,
-    step: int,
-    gates: list[Tensor] | None = None,
-    weight_decay: Tensor | None = None,
-    cautious: bool = False,
-) -> None:
-    """One step of Adam (Kingma & Ba, algorithm 1) on tensors [R, ...] with a learning rate a run, lr float64 [R].
-
-    Operation by operation what torch.optim.Adam does to one tensor; with `weight_decay` float64 [R], torch.optim.AdamW.
-    `gates` scale the finished update; `cautious` keeps of it only what has the gradient's sign. `step` counts from 1;
-    `parameters` and `moments` are changed in place.
-
-    >>> p, moments = torch.zeros(2, 3), (torch.zeros(2, 3), torch.zeros(2, 3))
-    >>> adam_step_([p], [torch.ones(2, 3)], [moments], torch.tensor([0.1, 0.2], dtype=torch.float64), step=1)
-    >>> p[:, 0]  # the first step has the length of the learning rate
-    tensor([-0.1000, -0.2000])
-    """
-    correction1, correction2 = 1 - BETA1**step, 1 - BETA2**step
-    for k, (p, g, (m, v)) in enumerate(zip(parameters, gradients, moments, strict=True)):
-        if weight_decay is not None:
-            p.mul_(align_runs(1 - lr * weight_decay, p))
-        m.lerp_(g, 1 - BETA1)
-        v.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
-        denominator = (v.sqrt() / correction2**0.5).add_(EPSILON)
-        update = m * align_runs(-lr / correction1, p)
-        if gates is not None:
-            update.mul_(gates[k])
-        if cautious:
-            agrees = (update * g < 0).to(p.dtype)
-            update.mul_(agrees / align_runs(agrees.flatten(1).mean(1).clamp_(min=1e-3), p))
-        p.addcdiv_(update, denominator)
-
-
 def controlled(
     gates: list[Tensor], control: str, first: list[Tensor] | None, generators: list[torch.Generator]
 ) -> list[Tensor]:
@@ -111,6 +76,91 @@ def stream(seed: int, purpose: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state))
 
 
+class Step(NamedTuple):
+    """What one step of a stack left; the parameters are changed in place by the next."""
+
+    epoch: int  # from 1
+    ends_epoch: bool
+    losses: Tensor  # [R], of the batch, before the update
+    gradients: list[Tensor]  # mean gradients, [R, *shape] a parameter
+    gates: list[Tensor] | None  # what a gate made of the batch, [R, *shape] a parameter
+    updates: list[Tensor]  # what the optimizer added, gated or not; weight decay aside
+    parameters: list[Tensor]  # after the update
+
+
+@torch.no_grad()
+def training(
+    runs: Sequence[Run], data: Dataset, gate: Gate | None, epochs: int, batch_size: int, widths: tuple[int, ...]
+) -> Iterator[Step]:
+    """Train runs of one optimizer, placement, control and `gate` (None: no gate, or a relative) together."""
+    x_train, y_train = data.x_train, data.y_train
+    n = len(x_train)
+    gammas, peak_rates, decays, smoothings = (
+        torch.tensor([getattr(run, field) for run in runs], dtype=torch.float64)
+        for field in ("gamma", "lr", "weight_decay", "label_smoothing")
+    )
+    weight_decay = decays if decays.any() else None
+    smoothing = smoothings.to(x_train.dtype) if smoothings.any() else None
+    cosine = torch.tensor([run.schedule == "cosine" for run in runs])
+    placement, control, method = runs[0].placement, runs[0].control, runs[0].gate
+    # signSGD: the votes are the update, without an optimizer
+    optimizer = plain if (method, placement) == ("vote", "after") else OPTIMIZERS[runs[0].optimizer]
+    orders, shuffles = [stream(run.seed, 1) for run in runs], [stream(run.seed, 2) for run in runs]
+    parameters = stacked_parameters(runs, widths, x_train.dtype)
+    state: list[dict[str, Tensor]] = [{} for _ in parameters]
+    first_gates, step, n_steps = None, 0, epochs * math.ceil(n / batch_size)
+
+    for epoch in range(1, epochs + 1):
+        order = torch.stack([torch.randperm(n, generator=generator) for generator in orders])  # [R, n]
+        for start in range(0, n, batch_size):
+            batch = order[:, start : start + batch_size]  # [R, B]
+            rates = torch.where(cosine, peak_rates * (1 + math.cos(math.pi * step / n_steps)) / 2, peak_rates)
+            step += 1
+            with torch.enable_grad():
+                inputs, outputs = forward(parameters, x_train[batch])
+                losses = losses_of(outputs[-1], y_train[batch], smoothing)  # [R]
+                # Runs do not interact, so the gradient of the summed loss is every run's own.
+                errors = torch.autograd.grad(losses.sum(), outputs)  # Δ, [R, B, out] a layer
+            layers = list(zip(inputs, errors, strict=True))
+            layers, judging = in_samples(layers, control)
+            means = gradients = [s for a, delta in layers for s in factored_sums(a, delta, lambda t: t)]
+            made = gates = None
+            if gate is not None:
+                of_tensor = zip(*(sums_over(judging, name) for name in sums_of(gate)), strict=True)
+                size = judging[0][0].shape[1]
+                made = [gate(*tensors, batch_size=size, gamma=gammas) for tensors in of_tensor]
+                first_gates = first_gates or made
+                made = gates = controlled(made, control, first_gates, shuffles)
+                if placement == "before":
+                    gradients, gates = [g * own for g, own in zip(gradients, gates, strict=True)], None
+            if method == "vote":
+                gradients = [s.sign() for s in sums_over(layers, "sign")]
+            updates = step_(
+                parameters, gradients, state, rates, step, optimizer=optimizer, gates=gates,
+                weight_decay=weight_decay, cautious=method == "cautious",
+            )  # fmt: skip
+            yield Step(epoch, start + batch_size >= n, losses.detach(), means, made, updates, parameters)
+
+
+def sums_over(layers: Layers, name: str) -> list[Tensor]:
+    """Σ_i f(g_i) of every parameter, [R, *shape], for the f that has this name in `SUMS`, or "total"."""
+    f = SUMS.get(name, lambda t: t)
+    return [s for a, delta in layers for s in factored_sums(a, delta, f)]
+
+
+def in_samples(layers: Layers, control: str) -> tuple[Layers, Layers]:
+    """The samples that make the gradient and those that make the gate: all, or, for the halves' controls, half.
+
+    The first half of a batch makes the gradient; its gate is its own, or that of the other half.
+    """
+    if control not in HALVES:
+        return layers, layers
+    size = layers[0][0].shape[1]
+    first = [(a[:, : size // 2], delta[:, : size // 2] * (size / (size // 2))) for a, delta in layers]
+    other = [(a[:, -(size // 2) :], delta[:, -(size // 2) :]) for a, delta in layers]
+    return first, first if control == "own-half" else other
+
+
 @torch.no_grad()
 def train_stack(
     runs: Sequence[Run],
@@ -123,62 +173,18 @@ def train_stack(
     probe_size: int,
     evaluate_every: int,
 ) -> dict[str, np.ndarray]:
-    """Train runs of one placement, control and `gate` (None: plain Adam or a relative) together; see `train`."""
-    x_train, y_train = data.x_train, data.y_train
-    n_runs, n = len(runs), len(x_train)
-    gammas, peak_rates, decays, smoothings = (
-        torch.tensor([getattr(run, field) for run in runs], dtype=torch.float64)
-        for field in ("gamma", "lr", "weight_decay", "label_smoothing")
-    )
-    weight_decay = decays if decays.any() else None
-    smoothing = smoothings.to(x_train.dtype) if smoothings.any() else None
-    cosine = torch.tensor([run.schedule == "cosine" for run in runs])
-    placement, control, method = runs[0].placement, runs[0].control, runs[0].gate
-    orders, shuffles = [stream(run.seed, 1) for run in runs], [stream(run.seed, 2) for run in runs]
-    parameters = stacked_parameters(runs, widths, x_train.dtype)
-    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
-    probe = x_train[:probe_size].expand(n_runs, -1, -1), y_train[:probe_size].expand(n_runs, -1)
-    first_gates, step, log = None, 0, {name: [] for name in ("step_loss", "probe_loss", *EPOCH_CURVES)}
-    n_steps = epochs * math.ceil(n / batch_size)
-
-    for epoch in range(1, epochs + 1):
-        order = torch.stack([torch.randperm(n, generator=generator) for generator in orders])  # [R, n]
-        for batch in order.split(batch_size, dim=1):  # [R, B]
-            rates = torch.where(cosine, peak_rates * (1 + math.cos(math.pi * step / n_steps)) / 2, peak_rates)
-            step += 1
-            with torch.enable_grad():
-                inputs, outputs = forward(parameters, x_train[batch])
-                losses = losses_of(outputs[-1], y_train[batch], smoothing)  # [R]
-                # Runs do not interact, so the gradient of the summed loss is every run's own.
-                errors = torch.autograd.grad(losses.sum(), outputs)  # Δ, [R, B, out] a layer
-            layers = list(zip(inputs, errors, strict=True))
-            gradients = [s for a, delta in layers for s in factored_sums(a, delta, lambda t: t)]
-            gates = None
-            if gate is not None:
-                sums = {"total": gradients}
-                for name in set(sums_of(gate)) - {"total"}:
-                    sums[name] = [s for a, delta in layers for s in factored_sums(a, delta, SUMS[name])]
-                of_tensor = zip(*(sums[name] for name in sums_of(gate)), strict=True)
-                gates = [gate(*tensors, batch_size=batch.shape[1], gamma=gammas) for tensors in of_tensor]
-                first_gates = first_gates or gates
-                gates = controlled(gates, control, first_gates, shuffles)
-                if placement == "before":
-                    gradients, gates = [g * own for g, own in zip(gradients, gates, strict=True)], None
-            if method == "vote":
-                gradients = [s.sign() for a, delta in layers for s in factored_sums(a, delta, torch.sign)]
-            if method == "vote" and placement == "after":  # signSGD: the votes are the update, without Adam
-                for p, votes in zip(parameters, gradients, strict=True):
-                    p.sub_(votes * align_runs(rates, p))
-            else:
-                adam_step_(parameters, gradients, moments, rates, step, gates, weight_decay, method == "cautious")
-            log["step_loss"].append(losses.detach())
-            if probe_size:
-                log["probe_loss"].append(losses_of(forward(parameters, probe[0])[1][-1], probe[1]))
-        if epoch % evaluate_every == 0 or epoch == epochs:
-            found = [values for k in (0, 2, 4) for values in evaluate(parameters, data[k], data[k + 1])]
+    """The curves of runs trained together; see `train`."""
+    n_runs, log = len(runs), {name: [] for name in ("step_loss", "probe_loss", *EPOCH_CURVES)}
+    probe = data.x_train[:probe_size].expand(n_runs, -1, -1), data.y_train[:probe_size].expand(n_runs, -1)
+    for step in training(runs, data, gate, epochs, batch_size, widths):
+        log["step_loss"].append(step.losses)
+        if probe_size:
+            log["probe_loss"].append(losses_of(forward(step.parameters, probe[0])[1][-1], probe[1]))
+        if step.ends_epoch and (step.epoch % evaluate_every == 0 or step.epoch == epochs):
+            found = [values for k in (0, 2, 4) for values in evaluate(step.parameters, data[k], data[k + 1])]
             for name, values in zip(EPOCH_CURVES, found, strict=True):
                 log[name].append(values)
 
     curves = {name: torch.stack(rows, 1).numpy() if rows else np.empty((n_runs, 0)) for name, rows in log.items()}
-    fresh_loss, fresh_accuracy = evaluate(parameters, *fresh) if fresh else [torch.full((n_runs,), math.nan)] * 2
+    fresh_loss, fresh_accuracy = evaluate(step.parameters, *fresh) if fresh else [torch.full((n_runs,), math.nan)] * 2
     return curves | {"fresh_loss": fresh_loss.numpy(), "fresh_accuracy": fresh_accuracy.numpy()}

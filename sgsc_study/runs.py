@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from sgsc_checks import check_choice
 from sgsc_lib import check
 from sgsc_study.gates import GATES, RELATIVES
+from sgsc_study.optimizers import OPTIMIZERS
 
 PLACEMENTS = ("before", "after")
-CONTROLS = ("none", "permuted", "layer-mean", "frozen")
+HALVES = ("own-half", "other-half")
+CONTROLS = ("none", "permuted", "layer-mean", "frozen", *HALVES)
 SCHEDULES = ("constant", "cosine")
 EPOCH_CURVES = ("train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "test_loss", "test_accuracy")
 
@@ -22,13 +24,15 @@ class Run:
     Traceback (most recent call last):
     ValueError: `lr` should be > 0. Found 0.0.
 
-    `gamma` 0 is plain Adam. `placement` "before" gates the gradient that enters Adam (the card's method), "after" gates
-    Adam's finished update. `control` replaces the gate by one that keeps a part of it: "permuted" shuffles it over the
-    entries of each weight or bias afresh each step, "layer-mean" puts its mean over each weight or bias in every
-    entry, "frozen" keeps the first step's gate for good. `gate` names another gate of `GATES`, or one of `RELATIVES`,
-    which have no exponent and take `gamma` 1. `schedule` "cosine" lowers the learning rate to 0 over the run,
-    `weight_decay` is AdamW's, `label_smoothing` that of the training loss. Raises TypeError or ValueError naming the
-    field.
+    `gamma` 0 is the plain optimizer. `placement` "before" gates the gradient that enters it (the card's method),
+    "after" gates its finished update. `control` replaces the gate by one that keeps a part of it: "permuted" shuffles
+    it over the entries of each weight or bias afresh each step, "layer-mean" puts its mean over each weight or bias in
+    every entry, "frozen" keeps the first step's gate for good. With "own-half" and "other-half" the gradient is that of
+    the first half of each batch, and the gate is that half's own or that of the other half. `gate` names another gate
+    of `GATES`, or one of `RELATIVES`, which have no exponent and take `gamma` 1. `schedule` "cosine" lowers the
+    learning rate to 0 over the run, `weight_decay` is decoupled, as AdamW's, `label_smoothing` is that of the training
+    loss. `optimizer` is "adam", "sgd", with Nesterov's momentum of 0.9, or "muon". Raises TypeError or ValueError
+    naming the field.
     """
 
     seed: int
@@ -40,6 +44,7 @@ class Run:
     schedule: str = "constant"
     weight_decay: float = 0.0
     label_smoothing: float = 0.0
+    optimizer: str = "adam"
 
     def __post_init__(self) -> None:
         check("seed", self.seed, int, low=0)
@@ -52,6 +57,9 @@ class Run:
         check_choice("schedule", self.schedule, SCHEDULES)
         check("weight_decay", self.weight_decay, float, low=0.0)
         check("label_smoothing", self.label_smoothing, float, low=0.0, high=1.0)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        if self.control in HALVES and not self.gamma:
+            raise ValueError(f"`gamma` should be > 0 for the control {self.control!r}. Found {self.gamma}.")
         if self.gate == "and-mask":
             check("gamma", self.gamma, float, high=1.0)  # a threshold of c
         if self.gate in RELATIVES and (self.gamma, self.control) != (1, "none"):

@@ -16,7 +16,7 @@ from sgsc_study.curves import Curves
 from sgsc_study.data import Dataset, sha256_of
 from sgsc_study.engine import train_stack
 from sgsc_study.gates import GATES, check_gate
-from sgsc_study.runs import Run
+from sgsc_study.runs import HALVES, Run
 from sgsc_study.workers import parallel
 
 
@@ -62,9 +62,12 @@ def train(
     settings = check_training(data, epochs=epochs, batch_size=batch_size, widths=widths, probe_size=probe_size)
     settings["evaluate_every"] = every = min(check("evaluate_every", evaluate_every, int, low=1), epochs)
     check("stack_size", stack_size, int, low=1)
-    groups: dict[Any, list[int]] = {}  # a stack shares placement, control and gate; without a gate none of them matters
+    groups: dict[Any, list[int]] = {}  # a stack shares these; without a gate but the optimizer none of them matters
     for r, run in enumerate(runs):
-        groups.setdefault((run.placement, run.control, run.gate) if run.gamma else None, []).append(r)
+        kind = (run.placement, run.control, run.gate) if run.gamma else None
+        groups.setdefault((run.optimizer, kind), []).append(r)
+    if any(run.control in HALVES for run in runs) and min(batch_size, (len(data.x_train) - 1) % batch_size + 1) < 2:
+        raise ValueError(f"`batch_size` should leave 2 samples a batch or more for halves. Found {batch_size}.")
     gates = {run.gate: GATES[run.gate] for run in runs if run.gamma and run.gate in GATES}
     for name, gate in gates.items():
         check_gate(name, gate)

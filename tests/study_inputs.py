@@ -8,7 +8,7 @@ import pytest
 from optuna.distributions import FloatDistribution
 
 from sgsc_study import Curves, Dataset, Run, load_mnist1d, train, tune
-from sgsc_study.runs import EPOCH_CURVES
+from sgsc_study.runs import EPOCH_CURVES, HALVES
 
 DATA = load_mnist1d()
 SMALL = Dataset(*(part[:96] for part in DATA))
@@ -24,6 +24,9 @@ RELATED += [Run(0, 0.003, 1.0, p, gate="vote") for p in ("before", "after")]
 RELATED += [Run(0, 0.01, 1.0, "after", gate="cautious"), Run(0, 0.01, schedule="cosine")]
 RELATED += [Run(0, 0.01, weight_decay=0.3), Run(0, 0.01, label_smoothing=0.2)]
 RELATED += [Run(0, 0.05, 0.5, "after", schedule="cosine", label_smoothing=0.1)]
+OPTIMIZED = [Run(0, 0.05, g, "after", optimizer="sgd", weight_decay=0.1, schedule="cosine") for g in (0.0, 0.5)]
+OPTIMIZED += [Run(0, 0.03, 0.5, "after", weight_decay=0.3), Run(0, 0.05, 0.5, "before", optimizer="sgd")]
+OPTIMIZED += [Run(0, 0.02, 0.5, "after", control, optimizer=o) for control in HALVES for o in ("adam", "sgd")]
 SHORT = {"epochs": 2, "batch_size": 40, "widths": (40, 24, 10), "probe_size": 8}
 
 

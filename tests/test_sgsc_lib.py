@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inputs import CLASSES, Made, problems, toy
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 import sgsc_lib
 from sgsc_lib import SGSC, mlp, noise_floor, per_sample_gradients, per_sample_rule, power_gate, sign_consistency
@@ -96,8 +97,10 @@ def test_training_equals_the_definition_by_hand(placement, optimiser):
         for name, p in by_hand.named_parameters():
             p.grad = per_sample[name].mean(0) * (gates[name] if placement == "before" else 1)
         theirs.step()
+        group = theirs.param_groups[0]
+        kept = 1 - group["lr"] * group["weight_decay"] if group.get("decoupled_weight_decay") else 1
         for name, p in by_hand.named_parameters() if placement == "after" else ():
-            p.data = before[name] + gates[name] * (p.data - before[name])
+            p.data = kept * before[name] + gates[name] * (p.data - kept * before[name])
     torch.testing.assert_close(model.state_dict(), by_hand.state_dict(), rtol=1e-9, atol=1e-12)
 
 
@@ -126,6 +129,38 @@ def test_scaled_update_with_a_gate_of_1_keeps_infinities_and_negative_zeros_and_
                 raise ZeroDivisionError
         assert str(model.weight.tolist()) == str(extremes.tolist())
         nn.init.ones_(model.weight)
+
+
+@pytest.mark.parametrize("build, decoupled", [
+    (lambda ps: torch.optim.AdamW(ps, 0.1, weight_decay=0.3), True),
+    (lambda ps: torch.optim.AdamW(ps, torch.tensor(0.1), weight_decay=0.3), True),
+    (lambda ps: torch.optim.NAdam(ps, 0.1, weight_decay=0.3, decoupled_weight_decay=True), True),
+    (lambda ps: torch.optim.Adafactor(ps, 0.1, weight_decay=0.3), True),
+    (lambda ps: torch.optim.Muon(ps, 0.1, weight_decay=0.3), True),
+    (lambda ps: torch.optim.Adam(ps, 0.1, weight_decay=0.3), False),
+    (lambda ps: torch.optim.SGD(ps, 0.1, weight_decay=0.3), False),
+])  # fmt: skip
+def test_where_c_is_0_decoupled_decay_alone_acts(build, decoupled):
+    model = nn.Linear(1, 3, bias=False)
+    start, optimizer = model.weight.detach().clone(), build([model.weight])
+    sgsc = SGSC(model, gamma=1.0)
+    model(torch.tensor([[1.0], [-1.0]])).sum().backward()
+    with sgsc.scaled_update():
+        optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), start * (1 - 0.03 * decoupled))
+    assert not _global_optimizer_pre_hooks
+
+
+def test_decay_is_that_of_a_step_that_is_taken_and_of_the_parameters_that_it_takes():
+    model = nn.Linear(1, 3)
+    start, sgsc = copy.deepcopy(model.state_dict()), SGSC(model, gamma=1.0)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.3)
+    optimizer.found_inf = torch.tensor(1.0)  # as a GradScaler says to a fused step, which then does nothing
+    optimizer.step = torch.optim.Optimizer.profile_hook_step(lambda self: None).__get__(optimizer)
+    model(torch.tensor([[1.0], [-1.0]])).sum().backward()
+    with sgsc.scaled_update():
+        optimizer.step()
+    assert_equal(model.state_dict(), start)
 
 
 # -- which samples a statistic covers ----------------------------------------------------------------------------------
