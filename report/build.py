@@ -40,6 +40,8 @@ from traitlets.config import Config
 from sgsc_study.cache import ROOT
 from sgsc_study.results import result_problem, write_text
 
+SHARED = {"bank.csv", "claims.csv"}  # the files to which several notebooks add
+
 
 @contextmanager
 def locked(place: Place) -> Iterator[None]:
@@ -111,7 +113,8 @@ def run(place: Place, plan: dict[str, dict[str, Any]], todo: list[str]) -> None:
             raise
     previous = made["notebooks"]
     if whole:
-        (place.results / "claims.csv").unlink(missing_ok=True)  # the one file to which notebooks add
+        for name in SHARED:
+            (place.results / name).unlink(missing_ok=True)
         made = manifest.EMPTY
     elif set(previous) - set(todo):
         manifest.check_environment(place.results, made)
@@ -127,7 +130,7 @@ def run(place: Place, plan: dict[str, dict[str, Any]], todo: list[str]) -> None:
         seconds = round(time.monotonic() - start, 1)
         wrote = [name for name, when in manifest.written(place.results).items() if when != before.get(name)]
         for other, entry in ran.items():
-            if other != stem and (taken := {*wrote} & {*entry["results"]} - {"claims.csv"}):
+            if other != stem and (taken := {*wrote} & {*entry["results"]} - SHARED):
                 place.executed(stem).unlink()  # no page is to be made of it
                 again = manifest.command(place.profile, other)
                 raise BuildError(f"{stem} wrote {', '.join(taken)} of {other}. Rename it, and rebuild that: {again}")

@@ -13,7 +13,7 @@ import pandas as pd
 
 from sgsc_lib import check
 from sgsc_study.data import Dataset
-from sgsc_study.measures import verdict_of
+from sgsc_study.measures import in_halves, verdict_of
 from sgsc_study.runs import Run
 from sgsc_study.training import train
 
@@ -23,6 +23,7 @@ CELL = [field.name for field in fields(Run) if field.name != "seed"]  # a cell i
 # How far below its arm's leader a cell's mean validation accuracy may be after each round, to run the next: 4 points
 # after 2 seeds, 1.5 after 8. A run's standard deviation is about 1.5 points near an optimum.
 MARGINS = (0.04, 0.015)
+N_DRAWS = 10_000  # of seeds, in a bootstrap
 
 
 def race(
@@ -96,7 +97,7 @@ def best_cell(valid: pd.DataFrame) -> tuple:
     return valid.mean(axis=1).idxmax()
 
 
-def rechosen(valid: pd.DataFrame, n_draws: int = 10_000) -> np.ndarray:
+def rechosen(valid: pd.DataFrame, n_draws: int = N_DRAWS) -> np.ndarray:
     """Which cell of [cells, seeds] is best where the seeds are drawn anew, with replacement: row numbers [n_draws].
 
     The same seeds are drawn for every table of as many seeds, as arms have their tuning seeds in common.
@@ -109,10 +110,15 @@ def rechosen(valid: pd.DataFrame, n_draws: int = 10_000) -> np.ndarray:
     return (valid.to_numpy() @ counts.T).argmax(0)
 
 
+# A hyperparameter's border is that of the cells which agree with the best one in these others.
+AXES = {"lr": ["gamma", "weight_decay", "label_smoothing"], "gamma": [], "weight_decay": ["gamma"],
+        "label_smoothing": []}  # fmt: skip
+
+
 def border_hits(bank: pd.DataFrame, arms: Mapping[str, Sequence[str]]) -> list[str]:
     """Where the best cell of an arm (whose grid is made of these arms' cells) lies at the border of its grid.
 
-    Of γ only the upper border counts: below 0 there is nothing.
+    At 0 there is no border, as below it there is nothing.
 
     >>> bank = pd.DataFrame([{"arm": "Adam", **vars(Run(0, lr)), "valid_accuracy": lr} for lr in (0.1, 0.2)])
     >>> border_hits(bank, {"Adam": ["Adam"]})
@@ -122,16 +128,34 @@ def border_hits(bank: pd.DataFrame, arms: Mapping[str, Sequence[str]]) -> list[s
     for arm, parts in arms.items():
         best = Run(0, *best_cell(by_cell(bank, parts)))
         own = bank[bank["arm"].isin(parts) & ((bank["placement"] == best.placement) | (bank["gamma"] == 0))]
-        rates = own.loc[own["gamma"] == best.gamma, "lr"]
-        ends = (
-            ("lr", rates, "min", "lowest"),
-            ("lr", rates, "max", "highest"),
-            ("gamma", own["gamma"], "max", "highest"),
-        )
-        for name, grid, end, word in ends:
-            if grid.nunique() > 1 and (value := getattr(best, name)) == grid.agg(end):
-                hits.append(f"{arm}'s best {name}, {value:g}, is the {word} of its grid.")
+        for name, others in AXES.items():
+            grid = own.loc[(own[others] == [getattr(best, other) for other in others]).all(axis=1), name]
+            value = getattr(best, name)
+            for end, word in ((grid.min(), "lowest"), (grid.max(), "highest")):
+                if grid.nunique() > 1 and value == end > 0:
+                    hits.append(f"{arm}'s best {name}, {value:g}, is the {word} of its grid.")
     return hits
+
+
+def tuned_cells(valid: Mapping[str, pd.DataFrame], least: float = 0.05) -> pd.DataFrame:
+    """The tuned value of each arm, from its validation accuracies as `by_cell` gives them: {arm: [cells, seeds]}.
+
+    One row a cell, the arm's best first; after it the cells that either half of the seeds, or a share of at least
+    `least` of other draws of them, would choose. `chosen` is that share, `se` the standard error of `valid_accuracy`.
+
+    >>> bank = pd.DataFrame([{"arm": "Adam", **vars(Run(s, 0.1)), "valid_accuracy": s / 2} for s in (0, 1)])
+    >>> tuned_cells({"Adam": by_cell(bank)})[["arm", "lr", "chosen", "valid_accuracy"]].values.tolist()
+    [['Adam', 0.1, 1.0, 0.25]]
+    """
+    rows = []
+    for arm, cells in valid.items():
+        index = cells.index.to_frame(index=False)
+        share = np.bincount(rechosen(cells), minlength=len(cells)) / N_DRAWS
+        bests = in_halves(lambda part: int(part.mean(axis=1).argmax()), cells)
+        for row in dict.fromkeys([*bests, *np.argsort(-share)[: (share >= least).sum()]]):
+            scores = {"valid_accuracy": cells.iloc[row].mean(), "se": cells.iloc[row].sem()}
+            rows.append({"arm": arm, **index.iloc[row], "chosen": share[row], **scores})
+    return pd.DataFrame(rows)
 
 
 class TunedComparison(NamedTuple):
@@ -166,7 +190,7 @@ def compare_tuned(
     'better'
     """
     n = a.shape[1]
-    counts = np.random.default_rng(1).multinomial(n, [1 / n] * n, 10_000)  # [draws, n]
+    counts = np.random.default_rng(1).multinomial(n, [1 / n] * n, N_DRAWS)  # [draws, n]
     drawn, rows = [], np.arange(len(counts))
     for valid, values in ((valid_a, a), (valid_b, b)):
         means = values.to_numpy() @ counts.T / n  # [cells, draws]

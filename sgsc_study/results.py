@@ -54,10 +54,33 @@ def write_table(frame: pd.DataFrame, path: Path) -> None:
     write_text(frame.to_csv(index=False), path)
 
 
+def write_rows(frame: pd.DataFrame, path: Path, *, notebook: str) -> None:
+    """Put a notebook's rows into a CSV that several notebooks write, in place of the rows that it put there before.
+
+    A column `notebook` at the end says whose a row is; the others' rows keep every character. Raises ValueError for a
+    file without it.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for by, loss in (("02", 0.5), ("05", 0.1), ("02", 0.25)):
+    ...         write_rows(pd.DataFrame({"loss": [loss]}), Path(folder) / "bank.csv", notebook=by)
+    ...     (Path(folder) / "bank.csv").read_text()
+    'loss,notebook\\n0.25,02\\n0.1,05\\n'
+    """
+    own = frame.assign(notebook=notebook)
+    if path.exists():
+        others = _read_csv(path, dtype=str, keep_default_na=False)
+        if "notebook" not in others:
+            raise ValueError(f"{path} should have a column `notebook`. Found {[*others]}: delete it.")
+        own = pd.concat([others[others["notebook"] != notebook], own])
+    own = own.sort_values("notebook", kind="stable")
+    write_table(own[[*own.columns.drop("notebook"), "notebook"]], path)
+
+
 # fmt: off
 CLAIM_COLUMNS = (
     "id", "claim", "source", "setting", "measure", "n", "estimate", "ci_low", "ci_high", "p", "verdict", "half_a",
-    "half_b", "notebook", "figure",
+    "half_b", "figure", "notebook",
 )
 # fmt: on
 
@@ -103,19 +126,14 @@ def write_claims(rows: Sequence[Mapping[str, Any]], folder: Path, *, notebook: s
     ...     write_claims([{"id": "C1", "claim": "no other columns"}], Path(folder), notebook="03")
     Traceback (most recent call last):
     ValueError: claims should have the columns ('id', 'claim', 'source', 'setting', 'measure', 'n', 'estimate', \
-'ci_low', 'ci_high', 'p', 'verdict', 'half_a', 'half_b', 'notebook', 'figure'). Found ('id', 'claim', 'notebook').
+'ci_low', 'ci_high', 'p', 'verdict', 'half_a', 'half_b', 'figure', 'notebook'). Found ('id', 'claim').
     """
-    path, own = folder / "claims.csv", pd.DataFrame([{**row, "notebook": notebook} for row in rows])
-    if set(own.columns) != set(CLAIM_COLUMNS):
+    own = pd.DataFrame(rows)
+    if {*own.columns, "notebook"} != set(CLAIM_COLUMNS):
         raise ValueError(f"claims should have the columns {CLAIM_COLUMNS}. Found {tuple(own.columns)}.")
-    own = own[[*CLAIM_COLUMNS]]
-    if path.exists():
-        others = _read_csv(path, dtype={"id": str, "notebook": str})
-        if tuple(others.columns) != CLAIM_COLUMNS:
-            raise ValueError(f"{path} should have the columns of a table of claims. Found {[*others]}: delete it.")
-        own = pd.concat([others[others["notebook"] != notebook], own])
-    write_table(own.sort_values("id", kind="stable"), path)
-    return own[own["notebook"] == notebook]
+    own = own[[name for name in CLAIM_COLUMNS if name != "notebook"]].sort_values("id", kind="stable")
+    write_rows(own, folder / "claims.csv", notebook=notebook)
+    return own
 
 
 def build_command(profile: str) -> str:
