@@ -164,7 +164,7 @@ def write_page(place: Place, plan: dict[str, dict[str, Any]]) -> Path | None:
             raise BuildError(f"{problem} Rebuild it: {manifest.command(place.profile, stem)}")
     manifest.check_results(place.results, made)
     data = [place.results / name for name in [*made["results"], "manifest.json"]]
-    said = findings(place.results) if place.profile == "full" else ""
+    said = findings(place.results) if place.profile == "full" else {}
     html = render({stem: place.executed(stem) for stem in plan}, made, data, said)
     if place.profile == "full":
         update_readme(place.root, made, said, html)

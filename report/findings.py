@@ -1,8 +1,9 @@
 """The findings: sentences that a person wrote for the committed results, and the guard that keeps them honest.
 
-report/findings.md.j2 is the text. Each of its sentences names the claims that it rests on and the verdicts that it
-assumes, of all seeds and of both halves, or, for what it calls undecided, of all seeds; where a claim no longer says
-so, the build fails and names the sentence. Numbers come from claims.csv alone.
+report/findings.md.j2 is the text, in parts that begin with a line `# name`: the page's first screen, the table of the
+card's claims, the answer of each notebook, the use that the README recommends. Each sentence names the claims that it
+rests on and the verdicts that it assumes, of all seeds and of both halves, or, for what it calls undecided, of all
+seeds; where a claim no longer says so, the build fails and names the sentence. Numbers come from results alone.
 """
 
 from __future__ import annotations
@@ -44,9 +45,10 @@ def shown(claim: Mapping[str, Any]) -> str:
     return re.sub(r"(?<=×) |(?<=\d,) (?=[\d+−])", "\N{NO-BREAK SPACE}", re.sub(r"-(?=\d)", "−", text))
 
 
-def findings(results: Path) -> str:
-    """Markdown: the findings of the claims in a folder of results; BuildError names a sentence that no longer holds."""
+def findings(results: Path) -> dict[str, str]:
+    """Markdown by the name of a part, from a folder of results; BuildError names a sentence that no longer holds."""
     claims = pd.read_csv(results / "claims.csv").set_index("id", drop=False).to_dict("index")
+    tuned = pd.read_csv(results / "contest_tuned.csv").drop_duplicates("arm").set_index("arm").to_dict("index")
 
     def given(
         verdicts: Mapping[str, str], caller: Callable[[], str], undecided: Mapping[str, str] | None = None
@@ -65,21 +67,22 @@ def findings(results: Path) -> str:
     def cell(identity: str) -> str:
         claim = claims[identity]
         same = claim["verdict"] == claim["half_a"] == claim["half_b"]
-        return f"**{claim['verdict']}**{'' if same else ' (not in both halves)'} {shown(claim)}"
+        return f"**{claim['verdict']}**{'' if same else ' (not in both halves)'} | {shown(claim)}"
 
     source = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
     text = source.from_string((ROOT / TEMPLATE).read_text(encoding="utf-8"))
     numbers = {identity: shown(claim) for identity, claim in claims.items()}
     try:
-        return text.render(given=given, cell=cell, shown=numbers, claims=claims).strip()
+        said = text.render(given=given, cell=cell, shown=numbers, claims=claims, tuned=tuned)
     except (KeyError, jinja2.UndefinedError) as error:
-        raise BuildError(f"{TEMPLATE} names a claim that {results}/claims.csv does not have: {error}") from None
+        raise BuildError(f"{TEMPLATE} names something that {results} does not have: {error}") from None
+    parts = re.split(r"^# (\S+)$", said, flags=re.MULTILINE)[1:]
+    return {name: part.strip() for name, part in zip(parts[::2], parts[1::2], strict=True)}
 
 
-def readme(text: str, manifest: dict[str, Any], said: str, page: str) -> tuple[str, str]:
-    """The README with the findings and the time they took between its marks, and its figure, the page's first.
-
-    `said` are the `findings`, `page` is the page's HTML.
+def readme(text: str, manifest: dict[str, Any], said: dict[str, str], page: str) -> tuple[str, str]:
+    """The README with findings, recommended use and the time it all took between its marks; its figure, the page's
+    first. `said` are the `findings`, `page` is the page's HTML.
     """
     image = BeautifulSoup(page, "html.parser").select_one("#fig-findings img")
     if image is None:
@@ -91,7 +94,8 @@ def readme(text: str, manifest: dict[str, Any], said: str, page: str) -> tuple[s
     machines = " and ".join(sorted({trained["machine"] for trained in training}))
     took = minutes(sum(trained["seconds"] for trained in training))
     for name, content in {
-        "findings": said.replace("\n\n|", f"\n\n{picture}\n\n|", 1),  # before the table
+        "findings": f"{said['abstract']}\n\n{picture}",
+        "use": said["use"],
         "time": f"With an empty cache, the notebooks of `make report` took {took} in all on {machines}.",
     }.items():
         marked = re.search(f"<!-- {name}: .*? -->\n(.*?)<!-- /{name} -->", text, re.DOTALL)
@@ -101,7 +105,7 @@ def readme(text: str, manifest: dict[str, Any], said: str, page: str) -> tuple[s
     return text, svg
 
 
-def update_readme(root: Path, manifest: dict[str, Any], said: str, page: str) -> None:
+def update_readme(root: Path, manifest: dict[str, Any], said: dict[str, str], page: str) -> None:
     """Put what the results say into the README and its figure."""
     text, svg = readme((root / "README.md").read_text(encoding="utf-8"), manifest, said, page)
     write_text(text, root / "README.md")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -119,8 +120,11 @@ def number(html: str) -> dict[str, Any]:
         if not img.get("alt", "").strip() or not img.get("src", "").startswith("data:image/svg+xml"):
             fail(img, f"an image should have alternative text and be embedded as SVG. Found {str(img)[:120]}")
         img.wrap(soup.new_tag("div", attrs={"class": "plate"}))
-    if (head := soup.find(id="findings")) and (lifted := soup.find(id="fig-findings")):
-        head.append(lifted.extract())
+    for place in soup.select("[data-figure]"):  # a figure that the first screens show
+        if lifted := soup.find(id=place["data-figure"]):
+            place.replace_with(lifted.extract())
+        else:
+            place.decompose()
     labels = {}
     for prefix, word in ("fig", "Figure"), ("tbl", "Table"):
         for n, figure in enumerate(soup.select(f'figure[id^="{prefix}-"]'), 1):
@@ -165,9 +169,12 @@ def number(html: str) -> dict[str, Any]:
     return {"html": str(soup), "contents": contents}
 
 
-def explorer(curves_csv: Path) -> dict[str, Any]:
-    """Return what the explorer draws: `rates` of Adam, `seeds` of a cell, and `json` with each placement's values of γ
-    and of the learning rate, and every cell's curves by epoch."""
+CARD = 0.0494, 0.004503, 0.007618  # γ, SGSC's learning rate and Adam's
+
+
+def explorer(curves_csv: Path, tuned_csv: Path | None = None) -> dict[str, Any]:
+    """Return what the explorer draws: `rates` of Adam, `seeds` of a cell, `presets` to start from, and `json` with
+    those, each placement's values of γ and of the learning rate, and every cell's curves by epoch."""
     frame = pd.read_csv(curves_csv)
     cells = {}
     for (placement, gamma, lr), cell in frame.sort_values("epoch").groupby(["placement", "gamma", "lr"]):
@@ -182,26 +189,56 @@ def explorer(curves_csv: Path) -> dict[str, Any]:
         }
         for placement, gated in frame[frame["gamma"] > 0].groupby("placement")
     }
-    text = json.dumps({"cells": cells, "grid": grid}, separators=(",", ":"), allow_nan=False)
+    rates = [f"{lr:g}" for lr in sorted(frame.loc[frame["gamma"] == 0, "lr"].unique())]
+
+    def preset(name: str, look: str, placement: str, *values: float) -> dict[str, str]:
+        """The cells nearest to γ, SGSC's learning rate and Adam's; left out, that is SGSC's."""
+        own = grid[placement]["gammas"], grid[placement]["rates"], rates
+        near = [
+            min(some, key=lambda v: abs(math.log((float(v) or 1e-9) / value)))
+            for some, value in zip(own, values, strict=False)
+        ]
+        said = dict(zip(("gamma", "rate", "adam"), [*near, ""], strict=False))
+        return {"name": name, "look": look, "placement": placement, **said}
+
+    presets = []
+    if "before" in grid:
+        presets = [
+            preset("The card", "Two things differ, γ and the learning rate. Which curve is smoother?", "before", *CARD),
+            preset("One learning rate", "Now γ alone differs. What is left of the difference?", "before", *CARD[:2]),
+        ]
+    if tuned_csv and "after" in grid:
+        best = pd.read_csv(tuned_csv).drop_duplicates("arm").set_index("arm")
+        values = *best.loc["SGSC after", ["gamma", "lr"]], best.loc["Adam", "lr"]
+        if values[0]:
+            look = "Each is at its own best learning rate. Which ends more accurate?"
+            presets.append(preset("The gate after Adam, tuned", look, "after", *values))
+    shown = {"cells": cells, "grid": grid, "presets": presets}
+    text = json.dumps(shown, separators=(",", ":"), allow_nan=False)
     return {
-        "rates": [f"{lr:g}" for lr in sorted(frame.loc[frame["gamma"] == 0, "lr"].unique())],
+        "rates": rates,
+        "presets": presets,
         "seeds": " to ".join(str(n) for n in sorted({frame["n"].min(), frame["n"].max()})),
         "json": text.replace("<", "\\u003c"),  # nothing in it can end the script element that carries it
     }
 
 
-def render(executed: dict[str, Path], manifest: dict[str, Any], data: list[Path], findings: str = "") -> str:
-    """Return the page: `findings` (Markdown), the executed notebooks as sections, `data` as downloads, the manifest."""
+def render(
+    executed: dict[str, Path], manifest: dict[str, Any], data: list[Path], findings: dict[str, str] | None = None
+) -> str:
+    """Return the page: `findings` (Markdown by part), the executed notebooks as sections, `data` as downloads, and what
+    the manifest says."""
     styles, scripts, shown = [TEMPLATE / "page.css"], [text_of(TEMPLATE / "page.js")], {}
     if curves := next((path for path in data if path.name == "bank_curves.csv"), None):
         styles.insert(0, UPLOT / "uPlot.min.css")
-        licence, shown = f"/*\n{text_of(UPLOT / 'LICENSE')}*/", explorer(curves)
+        tuned = next((path for path in data if path.name == "tuned.csv"), None)
+        licence, shown = f"/*\n{text_of(UPLOT / 'LICENSE')}*/", explorer(curves, tuned)
         scripts.append("\n".join([licence, text_of(UPLOT / "uPlot.iife.min.js"), text_of(TEMPLATE / "explorer.js")]))
     cite = yaml.safe_load(text_of(CITATION))
     people = [author.get("name") or f"{author['given-names']} {author['family-names']}" for author in cite["authors"]]
     page = {
         "manifest": manifest,
-        "findings": findings,
+        "findings": findings or {},
         "explorer": shown,
         "citation": {**cite, "names": people},
         "style": "\n".join(map(text_of, styles)),

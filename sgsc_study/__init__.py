@@ -15,12 +15,23 @@ Cached runs depend on `engine`, `anatomy` and `cnn` and what they import; no cha
 """
 
 from sgsc_study.anatomy import anatomy
-from sgsc_study.bank import CELL, GRIDS, best_cell, border_hits, by_cell, compare_tuned, race, rechosen, tuned_cells
+from sgsc_study.bank import (
+    CELL,
+    GRIDS,
+    best_cell,
+    border_hits,
+    by_cell,
+    compare_tuned,
+    race,
+    rechosen,
+    tuned_against,
+    tuned_cells,
+)
 from sgsc_study.cache import CACHE, ROOT
 from sgsc_study.cnn import mnist1d_cnn, train_cnn
 from sgsc_study.curves import Curves
 from sgsc_study.data import Dataset, draw_mnist1d, load_mnist1d
-from sgsc_study.figures import figure, in_words, table, verdict_in_words, with_interval
+from sgsc_study.figures import figure, forest, in_words, table, verdict_in_words, with_interval
 from sgsc_study.gates import GATES, RELATIVES, align_runs
 from sgsc_study.measures import PairedComparison, compare_paired, in_halves, judged, smoothness
 from sgsc_study.notebook import begin

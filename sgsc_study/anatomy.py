@@ -74,7 +74,7 @@ def anatomy(
         if not start:  # what the first update was added to, up to rounding
             start = [p - u for p, u in zip(step.parameters, step.updates, strict=True)]
         directions = {}
-        for name in ("sgd", runs[0].optimizer):
+        for name in {"sgd", runs[0].optimizer}:
             state = states.setdefault(name, [{} for _ in start])
             directions[name] = [
                 OPTIMIZERS[name](g, own, ones, count, g.ndim == 3 and k < len(start) - 2)

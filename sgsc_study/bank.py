@@ -200,3 +200,19 @@ def compare_tuned(
     p = min(1.0, 2 * min((difference <= 0).mean(), (difference >= 0).mean()))
     mean = a.loc[best_cell(valid_a)].mean() - b.loc[best_cell(valid_b)].mean()
     return TunedComparison(n, mean, low, high, low90, high90, p, verdict_of((low, high), (low90, high90), margin))
+
+
+def tuned_against(
+    valid_a: pd.DataFrame, valid_b: pd.DataFrame, evaluated: pd.DataFrame, *, margin: float
+) -> list[TunedComparison]:
+    """`compare_tuned` of two arms of a bank on all seeds and on both halves, of the bank's and of the evaluation's.
+
+    `evaluated` [cells, evaluation seeds] holds cells of both arms; those that were not evaluated are not chosen.
+
+    >>> cells = pd.DataFrame([[0.6, 0.7, 0.65, 0.7]])
+    >>> [found.verdict for found in tuned_against(cells, cells, cells, margin=0.01)]
+    ['equivalent', 'equivalent', 'equivalent']
+    """
+    valid = [each[each.index.isin(evaluated.index)] for each in (valid_a, valid_b)]
+    values = [evaluated.loc[each.index] for each in valid]
+    return in_halves(compare_tuned, *valid, *values, margin=margin)

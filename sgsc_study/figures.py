@@ -4,7 +4,7 @@ import base64
 import html
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -48,6 +48,34 @@ def in_words(found: Any, measure: str) -> str:
     else:
         shown = with_interval("{:+.3f}", *numbers)
     return f"{shown} {verdict_in_words(found.verdict, measure)}"
+
+
+def forest(
+    ax: Any, rows: Mapping[str, Sequence[Any]], *, xlabel: str, read: Callable[[float], float] | None = None,
+    margin: float = 0.01,
+) -> None:  # fmt: skip
+    """Draw comparisons as intervals, a row each: of all seeds and of both halves, as `in_halves` gives them.
+
+    `read` turns a difference into what the axis shows; left out, an accuracy into points. Grey: within the `margin`.
+
+    >>> from sgsc_study.measures import compare_paired, in_halves
+    >>> found = in_halves(compare_paired, [0.71, 0.69, 0.73, 0.72], [0.66, 0.65, 0.67, 0.68], margin=0.01)
+    >>> ax = plt.subplots()[1]
+    >>> forest(ax, {"gated": found}, xlabel="points")
+    >>> [label.get_text() for label in ax.get_yticklabels()]
+    ['gated']
+    """
+    read = read or (lambda value: 100 * value)
+    ax.axvspan(read(-margin), read(margin), color="0.6", alpha=0.3, lw=0)
+    ax.axvline(read(0), color="0.3", linewidth=0.8)
+    for y, three in enumerate(rows.values()):
+        for k, (each, look) in enumerate(zip(three, ("oC0", "<C1", ">C2"), strict=True)):
+            ax.plot([read(each.ci_low), read(each.ci_high)], [y + 0.2 * k] * 2, color=look[1:], lw=1 if k else 2.2)
+            ax.plot(read(each.mean_difference), y + 0.2 * k, look[0], color=look[1:], markersize=4 if k else 6,
+                    label=("all seeds", "half A", "half B")[k] if y == 0 else None)  # fmt: skip
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set_ylim(len(rows) - 0.4, -0.4)
+    ax.set_xlabel(xlabel)
 
 
 def _show(label: str, begin: str, inside: str) -> None:

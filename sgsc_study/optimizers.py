@@ -63,7 +63,7 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     x = wide / wide.flatten(1).norm(dim=1).clamp_(min=1e-7).view(-1, 1, 1)
     for _ in range(QUINTIC_STEPS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if matrices.shape[1] > matrices.shape[2] else x).contiguous()
 
 

@@ -27,6 +27,7 @@ RELATED += [Run(0, 0.05, 0.5, "after", schedule="cosine", label_smoothing=0.1)]
 OPTIMIZED = [Run(0, 0.05, g, "after", optimizer="sgd", weight_decay=0.1, schedule="cosine") for g in (0.0, 0.5)]
 OPTIMIZED += [Run(0, 0.03, 0.5, "after", weight_decay=0.3), Run(0, 0.05, 0.5, "before", optimizer="sgd")]
 OPTIMIZED += [Run(0, 0.02, 0.5, "after", control, optimizer=o) for control in HALVES for o in ("adam", "sgd")]
+MUON = [Run(s, 0.02, g, "after", optimizer="muon", weight_decay=0.1) for s in (0, 1) for g in (0.0, 0.5)]
 SHORT = {"epochs": 2, "batch_size": 40, "widths": (40, 24, 10), "probe_size": 8}
 
 

@@ -18,6 +18,8 @@ from sgsc_study import (
     race,
     rechosen,
     train,
+    tuned_against,
+    tuned_cells,
 )
 from sgsc_study import bank as module
 
@@ -74,6 +76,28 @@ def grid(values: list[list[float]], placement: str = "after") -> pd.DataFrame:
 def test_a_best_cell_at_a_border_is_said_with_its_arm_and_side(values, said):
     hits = border_hits(grid(values), {"SGSC after": ["Adam", "after"]})
     assert len(hits) == len(said) and all(f"SGSC after's {words}" in hit for words, hit in zip(said, hits, strict=True))
+
+
+@pytest.mark.parametrize(("decays", "said"), [((0.0, 0.1, 0.2), "highest"), ((0.1, 0.2), "lowest"), ((0.0, 0.2), "")])
+def test_a_border_of_the_decay_is_that_of_the_cells_with_the_best_exponent_and_at_0_there_is_none(decays, said):
+    best = {"highest": decays[-1], "lowest": decays[0], "": decays[0]}[said]
+    rows = [vars(Run(0, lr, weight_decay=decay)) | {"arm": "AdamW", "valid_accuracy": (decay == best) - abs(lr - 0.2)}
+            for lr in (0.1, 0.2, 0.3) for decay in decays]  # fmt: skip
+    rows += [vars(Run(0, 0.2, 1.0, "after", weight_decay=9.0)) | {"arm": "AdamW", "valid_accuracy": 0.0}]
+    hits = border_hits(pd.DataFrame(rows), {"AdamW": ["AdamW"]})
+    assert [f"best weight_decay, {best:g}, is the {said}" in hit for hit in hits] == [True] * bool(said)
+
+
+def test_the_tuned_cells_are_the_best_one_those_of_both_halves_and_those_that_other_draws_choose():
+    lead, half, never = [0.9, 0.6] * 8, [0.6, 0.89] * 8, [0.1, 0.1] * 8
+    rows = [vars(Run(s, lr)) | {"arm": "Adam", "valid_accuracy": values[s]}
+            for lr, values in ((0.1, lead), (0.2, half), (0.3, never)) for s in range(16)]  # fmt: skip
+    valid = by_cell(pd.DataFrame(rows))
+    found = tuned_cells({"Adam": valid}, least=0.9)
+    assert found["lr"].tolist() == [0.1, 0.2] and found["chosen"].between(0.1, 0.9).all()
+    assert found["valid_accuracy"].tolist() == pytest.approx([0.75, 0.745])
+    three = tuned_against(valid, valid.loc[[best_cell(valid)]], valid, margin=0.01)
+    assert [each.n for each in three] == [16, 8, 8] and three[0].ci_high > 0.05 and three[1].ci_high < 1e-9
 
 
 def test_the_choice_follows_the_seeds_and_a_tie_of_two_halves_is_drawn_both_ways():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from study_inputs import CONTROLLED, DOUBLE, FRESH, OPTIMIZED, RELATED, RUNS, SHORT, assert_same, shortly
+from study_inputs import CONTROLLED, DOUBLE, FRESH, MUON, OPTIMIZED, RELATED, RUNS, SHORT, assert_same, shortly
 from test_gates import DEFINITIONS
 
 from sgsc_lib import SGSC, mlp, per_sample_gradients
@@ -18,7 +18,7 @@ X, Y = DOUBLE.x_train, DOUBLE.y_train
 
 
 def test_a_run_is_the_same_alone_and_in_any_stack():
-    every = RUNS + CONTROLLED + RELATED + OPTIMIZED
+    every = RUNS + CONTROLLED + RELATED + OPTIMIZED + MUON
     together = shortly(every, fresh=FRESH, stack_size=5)
     assert_same(shortly(every[::-1], fresh=FRESH, stack_size=3, n_jobs=2), together, slice(None, None, -1))
     for r, run in enumerate(every):

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
-from sgsc_study import figure, in_words, table
+from sgsc_study import compare_paired, figure, forest, in_halves, in_words, table
 
 
 def test_figures_and_tables_are_shown_with_escaped_words(monkeypatch):
@@ -43,3 +43,13 @@ def test_a_comparison_is_shown_in_the_unit_and_the_words_of_its_measure(measure,
     numbers = pd.Series({"mean_difference": 0.1, "ci_low": -0.05, "ci_high": 0.2})
     assert in_words(pd.concat([numbers, pd.Series({"verdict": "better"})]), measure) == said
     assert in_words(pd.concat([numbers, pd.Series({"verdict": "equivalent"})]), measure).endswith(" equivalent")
+
+
+def test_a_forest_has_a_row_for_each_comparison_with_its_intervals_in_the_unit_that_is_read():
+    found = in_halves(compare_paired, [0.71, 0.69, 0.73, 0.72], [0.66, 0.65, 0.67, 0.68], margin=0.01)
+    ax = plt.subplots()[1]
+    forest(ax, {"one": found, "two": found}, xlabel="points", margin=0.02)
+    lines = [line.get_xydata() for line in ax.get_lines() if len(line.get_xdata()) == 2][1:]  # the first is at 0
+    assert len(lines) == 6 and [label.get_text() for label in ax.get_yticklabels()] == ["one", "two"]
+    assert lines[3][:, 0] == pytest.approx([100 * found[0].ci_low, 100 * found[0].ci_high])
+    assert lines[3][0, 1] == 1 and ax.patches[0].get_width() == pytest.approx(4) and ax.yaxis.get_inverted()

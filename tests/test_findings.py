@@ -1,6 +1,7 @@
 """report/findings.py: sentences that hold or stop the build, numbers in a reader's units, the README's copy of both."""
 
 import re
+import shutil
 
 import build
 import findings
@@ -13,13 +14,18 @@ from manifest import BuildError
 TEMPLATE = (ROOT / findings.TEMPLATE).read_text(encoding="utf-8")
 ASSUMED = re.findall(r'"([\w-]+)": "([a-z]+)"', TEMPLATE)
 LIFTED = FIGURE.replace("fig-a", "fig-findings").replace("A dot.", "A &lt; B.")
-README = "# T\n<!-- findings: by -->\nold\n<!-- /findings -->\nkept\n<!-- time: by -->\nold\n<!-- /time -->\nend\n"
+README = "# T\n" + "".join(
+    f"<!-- {name}: by -->\nold\n<!-- /{name} -->\n{after}\n"
+    for name, after in (("findings", "kept"), ("use", "too"), ("time", "end"))
+)
 
 
 @pytest.fixture
 def claims(tmp_path):
     """The committed claims with all verdicts that the sentences assume, and a way to write others to tmp_path."""
-    table = pd.read_csv(ROOT / "report/results/full/claims.csv").set_index("id")
+    full = ROOT / "report/results/full"
+    table = pd.read_csv(full / "claims.csv").set_index("id")
+    shutil.copy(full / "contest_tuned.csv", tmp_path)
     for identity, verdict in ASSUMED:
         table.loc[identity, ["verdict", "half_a", "half_b"]] = verdict
 
@@ -59,8 +65,10 @@ def test_a_sentence_holds_in_both_halves_unless_it_names_the_claim_as_undecided(
 
 
 def test_the_committed_results_say_what_the_sentences_say(claims):
-    committed = findings.findings(ROOT / "report/results/full")
-    assert "\n\n|" in committed
+    parts = findings.findings(ROOT / "report/results/full")
+    stems = [path.stem for path in (ROOT / "notebooks").glob("0*.ipynb")]
+    assert {"abstract", "claims", "gate", "use", *stems} == parts.keys() and "\n|" in parts["claims"]
+    committed = "\n".join(parts.values())
     for identity in re.findall(r'(?:shown\[|cell\()"([\w-]+)"', TEMPLATE):
         assert findings.shown(claims[0].loc[identity].to_dict()) in committed
 
@@ -78,12 +86,12 @@ def test_numbers_are_in_a_readers_units(measure, numbers, text):
 
 
 def test_the_readme_gets_findings_figure_and_time_between_its_marks_and_keeps_the_rest():
-    said, page = "Said \\1.\n\n| a |\n|---|", f'<section id="findings">{LIFTED}</section>'
+    said, page = {"abstract": "Said \\1.", "use": "Use."}, f'<section id="findings">{LIFTED}</section>'
     training = [{"training": {"seconds": seconds, "machine": "2 cores (Z80)"}} for seconds in (60, 540)]
     made = {"notebooks": dict(enumerate(training))}
     text, svg = findings.readme(README, made, said, page)
     picture = f'<img src="{findings.FIGURE}" alt="A &lt; B.">'
-    assert f"by -->\nSaid \\1.\n\n{picture}\n\n| a |\n|---|\n<!-- /findings -->\nkept\n" in text
+    assert f"by -->\nSaid \\1.\n\n{picture}\n<!-- /findings -->\nkept\n" in text and "by -->\nUse.\n<!-- /use" in text
     assert text.startswith("# T\n") and text.endswith("\n<!-- /time -->\nend\n") and "old" not in text
     assert "10 min" in text and "2 cores (Z80)" in text
     assert svg.startswith("<svg") and 'fill="white"' in svg  # readable on a dark page
@@ -95,7 +103,8 @@ def test_the_readme_gets_findings_figure_and_time_between_its_marks_and_keeps_th
 
 def test_only_the_full_profile_has_findings_and_a_changed_verdict_leaves_page_and_readme(claims, tmp_path, capsys):
     table, written = claims
-    copy = f"import shutil\n_ = shutil.copy({str(written(table) / 'claims.csv')!r}, results)"
+    made = [str(written(table) / name) for name in ("claims.csv", "contest_tuned.csv")]
+    copy = f"import shutil\nfor path in {made!r}:\n    _ = shutil.copy(path, results)"
     shown = code(f"from IPython.display import HTML\nHTML({LIFTED!r})")
     cells = parameters('results: str = "."'), code(copy), "See [](#fig-findings).", shown
     write_notebook(tmp_path / "notebooks/03_evaluation.ipynb", "# Evaluation", *cells)

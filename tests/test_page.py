@@ -211,8 +211,8 @@ def test_the_first_screen_has_an_answer(open_page, render, tmp_path):
     figure = code("", {"text/html": FIGURE.replace("fig-a", "fig-findings")})
     (tmp_path / "full.html").write_text(render(figure, said=said, profile="full"), encoding="utf-8")
     page = open_page(tmp_path / "full.html")
-    box = page.locator("#findings > p").first.bounding_box()
-    assert box["y"] + box["height"] <= 900 and page.locator("#findings img").is_visible()
+    box = page.locator("#fig-findings").bounding_box()
+    assert box["y"] <= 650 and page.locator("#findings img").is_visible()
 
 
 def test_the_explorer_is_worked_by_keyboard_and_says_what_the_results_say(open_page, smoke):
@@ -226,6 +226,8 @@ def test_the_explorer_is_worked_by_keyboard_and_says_what_the_results_say(open_p
     page.locator("#explorer").get_by_label("before Adam", exact=True).focus()
     page.keyboard.press("ArrowDown")
     assert "SGSC (after Adam, γ = 0.5, learning rate 0.033)" in status.text_content() and page.messages == []
+    page.get_by_role("button", name="One learning rate").press("Enter")
+    assert "γ alone" in page.locator("#explorer [role=note]").text_content()
     assert len(before) == 2 and not {*before} & {*drawn(page)}
 
 

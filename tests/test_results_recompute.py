@@ -62,7 +62,7 @@ def test_the_claims_are_one_table_with_both_halves():
 
 
 def test_the_bank_is_wide_and_fine_enough_and_has_seeds_where_a_cell_could_be_best():
-    bank = table("bank")
+    bank = table("bank").query("notebook == '02_tuning'")
     for arm, gammas in (("SGSC before", {0.02, 0.05, 0.1, 0.2, 0.4, 0.8}), ("SGSC after", {0.1, 0.25, 0.5, 1, 1.5, 2})):
         assert gammas <= set(bank.query("arm == @arm")["gamma"])
         placement, gamma, lr = best(scores(arm))
@@ -200,3 +200,85 @@ def test_the_attribution_recomputes_and_its_parts_add_up():
             assert_close([row["estimate"], row["ci_low"], row["ci_high"]], [difference.mean(), *interval])
         estimates = [claim(f"attribution-{contrast}-{part}")["estimate"] for part in parts]
         assert claim(f"attribution-{contrast}-total")["estimate"] == pytest.approx(sum(estimates))
+
+
+# -- notebook 05: an arm's grid told by what its cells are, not by whose they were called ------------------------------
+
+FIELDS = ["lr", "gamma", "placement", "control", "gate", "schedule", "weight_decay", "label_smoothing", "optimizer"]
+PAIRS = {f"accuracy-gated-{name.lower()}{'-cosine' * (schedule == 'cosine')}": ((name, True), (name, False), schedule)
+         for name in ("Adam", "AdamW", "SGD") for schedule in ("constant", "cosine")}  # fmt: skip
+PAIRS |= {
+    "accuracy-gated-muon-cosine": (("Muon", True), ("Muon", False), "cosine"),
+    "accuracy-sgd-cosine-against-adamw-cosine": (("SGD", False), ("AdamW", False), "cosine"),
+    "accuracy-gated-adamw-cosine-against-sgd-cosine": (("AdamW", True), ("SGD", False), "cosine"),
+}
+
+
+def contest_cells(name: str, gated: bool, schedule: str, start: int = 0, step: int = 1) -> dict[tuple, np.ndarray]:
+    """Validation accuracies by seed of the cells that ran all seeds: of an optimizer, with and without the gate."""
+    own = {"optimizer": name.lower().removesuffix("w"), "schedule": schedule, "control": "none", "gate": "sign"}
+    bank = table("bank").query("notebook == '05_gate_after_adam' and label_smoothing == 0")
+    bank = bank[(bank[[*own]] == pd.Series(own)).all(axis=1)]
+    bank = bank[(bank["gamma"] == 0) | gated]
+    bank = bank[(bank["weight_decay"] == 0) | (name != "Adam")].sort_values("seed")
+    cells = {c: runs["valid_accuracy"].to_numpy() for c, runs in bank.groupby(FIELDS)}
+    longest = max(map(len, cells.values()))
+    return {cell: runs[start::step] for cell, runs in cells.items() if len(runs) == longest}
+
+
+@cache
+def contest_evaluation() -> dict[tuple, np.ndarray]:
+    return {c: runs.sort_values("seed")["fresh_accuracy"].to_numpy() for c, runs in table("contest").groupby(FIELDS)}
+
+
+@pytest.mark.parametrize("identity", PAIRS)
+def test_the_contest_is_judged_over_seeds_and_the_choice_of_the_cell(identity):
+    row, (one, two, schedule), of_cell = claim(identity), PAIRS[identity], contest_evaluation()
+    draw = np.random.default_rng(7)
+    for name, half in HALVES.items():
+        arms = [{c: runs for c, runs in contest_cells(*arm, schedule, *half).items() if c in of_cell}
+                for arm in (one, two)]  # fmt: skip
+        n_bank, n = len(next(iter(arms[0].values()))), len(of_cell[best(arms[0])][half[0] :: half[1]])
+        assert n >= 32 / half[1]
+        differences = []
+        for _ in range(4000):
+            bank_seeds, seeds = draw.integers(n_bank, size=n_bank), draw.integers(n, size=n)
+            a, b = (of_cell[drawn(arm, bank_seeds)][half[0] :: half[1]][seeds].mean() for arm in arms)
+            differences.append(a - b)
+        low, low90, high90, high = np.quantile(differences, [0.025, 0.05, 0.95, 0.975])
+        words = {"contradicted": "better", "confirmed": "worse"}
+        clear = min(abs(np.array([low, high, low90 - 0.01, high90 + 0.01, low90 + 0.01, high90 - 0.01]))) > 5e-4
+        verdict = verdict_of((low, high), (low90, high90), 0.01)
+        assert row[name] == words.get(verdict, verdict) or not clear  # an end at 0 or a margin is a toss of the draws
+        if name == "verdict":
+            estimate = (of_cell[best(arms[0])] - of_cell[best(arms[1])]).mean()
+            assert row["estimate"] == pytest.approx(estimate, abs=1e-9)
+            np.testing.assert_allclose([row["ci_low"], row["ci_high"]], [low, high], atol=0.15 * (high - low) + 1e-9)
+
+
+@pytest.mark.parametrize("arm", {(*arm, pair[2]) for pair in PAIRS.values() for arm in pair[:2]}, ids=str)
+def test_the_best_cell_of_an_arm_of_the_contest_lies_inside_a_fine_grid(arm):
+    cell = best(contest_cells(*arm))
+    lr, gamma, decay = (cell[FIELDS.index(name)] for name in ("lr", "gamma", "weight_decay"))
+    bank = table("bank").query("notebook == '05_gate_after_adam' and control == 'none' and gate == 'sign'")
+    bank = bank[(bank["schedule"] == arm[2]) & (bank["optimizer"] == arm[0].lower().removesuffix("w"))]
+    rates = sorted(bank.query("gamma == @gamma and weight_decay == @decay")["lr"].unique())
+    assert rates[0] < lr < rates[-1] and max(np.divide(rates[1:], rates[:-1])) <= 1.65  # two digits are kept
+    assert gamma == 0 or gamma < bank["gamma"].max()
+    assert decay == 0 or decay < bank.query("gamma == @gamma")["weight_decay"].max()
+    tuned = table("contest_tuned").drop_duplicates("arm").set_index("arm")
+    name = f"{'gated ' * arm[1]}{arm[0]}, {arm[2]}"
+    assert tuple(tuned.loc[name, FIELDS]) == cell
+
+
+def test_every_setting_of_06_has_its_claim_and_nothing_chosen_by_test_data():
+    claims, bank, where = table("claims"), table("where_bank"), table("where")
+    settings = set(where["setting"])
+    assert {"noise-20", "noise-40", "batch-32", "batch-512", "batch-full", "depth-1", "depth-3", "digits", "cnn",
+            "cnn-shuffled"} <= settings and sum(key.startswith("draw-") for key in settings) == 3  # fmt: skip
+    assert {f"carries-over-{key}" for key in settings} <= set(claims["id"])
+    for of, rows in bank.groupby(["setting", "arm"]):
+        means = rows.groupby(FIELDS)["valid_accuracy"].agg(["mean", "size"])
+        means = means[means["size"] == means["size"].max()]["mean"]
+        chosen = where.set_index(["setting", "arm"]).loc[of, FIELDS]
+        assert tuple(chosen) in set(means[means >= means.max() - 1e-12].index)

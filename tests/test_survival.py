@@ -151,13 +151,16 @@ def test_a_full_or_read_only_disk_ends_in_a_clear_message(trained, disk):
 BAD = {  # refused by a profile and by a notebook's first cell; below those that need the data or other results
     "01_derivation": "epochs: 1, epoch: 5, seed: -1, lr: fast, lr: -0.1; batch_size: 5000, lr: 0",
     "02_tuning": """map_seeds: 1, map_samples: [], map_batches: [0], rounds: [1], search_trials: 3, epochs: 3;
-        storage: here, widths: [41], widths: [40], map_samples: [100] -> `batch_size`, after_gammas: [0.0]""",
+        storage: here, storage: sqlite:////no/a.db, widths: [41],
+        widths: [40], map_samples: [100] -> `batch_size`, after_gammas: [0.0]""",
     "03_evaluation": """n_seeds: 5, tuned: '', probe_size: 3, fresh_samples: 1005, epochs: 3, batch_size: 0;
         tuned: none.csv -> none, widths: [40], probe_size: 99999""",
     "04_gamma_and_smoothness": """control_rounds: [1], control_seeds: 3, signal_seeds: 3, epochs: 3, seed_shift: -1;
         bank: none.csv -> none, widths: [40]""",
-    "05_beyond": """contest_trials: 0, contest_seeds: 3, cnn_epochs: .nan; batch_size: 2000, scheduler: here,
-        storage: sqlite:////no/a.db, batch_sizes: [4000] -> `batch_size`, noise_levels: [1.5] -> `label_noise`""",
+    "05_gate_after_adam": """n_seeds: 3, anatomy_seeds: 1, rounds: [], gammas: fast, batch_size: 1; scheduler: here,
+        batch_size: 4000, gammas: [0.0], sgd_rates: [0.0], widths: [40]""",
+    "06_where_it_helps": """steps: 0, n_seeds: 3, cnn_epochs: .nan, data_seeds: [-1]; contest: none.csv -> none,
+        scheduler: here, batch_sizes: [4000] -> `batch_size`, noise_levels: [1.5] -> `label_noise`, exponents: [0.0]""",
 }
 
 

@@ -2,7 +2,7 @@
 (() => {
   const box = document.getElementById('explorer');
   if (!box) return;
-  const { cells, grid } = JSON.parse(document.getElementById('explorer-data').textContent);
+  const { cells, grid, presets } = JSON.parse(document.getElementById('explorer-data').textContent);
   const [LOSS, ACCURACY] = [0, 2]; // where a cell has a curve's means; its standard deviations come right after
   const gamma = box.querySelector('#explorer-gamma'), rate = box.querySelector('#explorer-rate');
   const adam = box.querySelector('#explorer-adam'), status = box.querySelector('[role=status]');
@@ -53,7 +53,7 @@
     hooks: { setCursor: [(plot) => { if (plot.cursor.event) tell(epochs[plot.cursor.idx ?? epochs.length - 1]); }] },
   }, data(curve), target);
 
-  place();
+  if (presets.length) load(presets[0]); else place();
   box.querySelector('.tool').hidden = false;
   const targets = [...box.querySelectorAll('.plots > div')];
   const plots = [draw(LOSS, 'training loss (nats, log scale)', targets[0]), draw(ACCURACY, 'test accuracy', targets[1])];
@@ -76,6 +76,19 @@
       slider.value = Math.floor(slider.max * where);
     }
   }
+  function load(preset) {
+    box.querySelector(`[name=placement][value=${preset.placement}]`).checked = true;
+    for (const [slider, name] of [[gamma, 'gamma'], [rate, 'rate']]) {
+      slider.max = values(slider).length - 1;
+      slider.value = values(slider).indexOf(preset[name]);
+    }
+    adam.value = preset.adam;
+    box.querySelector('.look').textContent = preset.look;
+  }
+  box.querySelectorAll('.presets button').forEach((button, k) => button.addEventListener('click', () => {
+    load(presets[k]);
+    update();
+  }));
   box.addEventListener('input', (event) => {
     if (event.target.name === 'placement') place();
     update();
