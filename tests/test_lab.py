@@ -74,17 +74,17 @@ def test_the_playground_answers_to_the_keyboard(open_notebook):
 
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.locator(".lm-Menu").get_by_text("Run All Cells", exact=True).click()
-    first = drawn("γ 0.25 before Adam")
+    first = drawn("γ 0.05 before Adam")
     page.locator(".widget-slider").filter(has_text="γ").get_by_role("slider").focus()
     for _ in range(15):  # faster than anything trains: the settings passed through are given up, not queued
         page.keyboard.press("ArrowRight")
-    second = drawn("γ 1 before Adam")
+    second = drawn("γ 0.8 before Adam")
     assert len(first) == len(second) == 3 and not set(first) & set(second)
 
     page.get_by_role("button", name="Pin this setting").click()
-    page.get_by_role("cell", name="pin 1: γ 1 before Adam").first.wait_for(timeout=60_000)
+    page.get_by_role("cell", name="pin 1: γ 0.8 before Adam").first.wait_for(timeout=60_000)
     page.get_by_label("gate").select_option("after Adam")
-    drawn("γ 1 after Adam")
+    drawn("γ 0.8 after Adam")
     assert page.get_by_role("row").filter(has_text="test accuracy").count() == 2  # this setting and the pinned one
     page.set_viewport_size({"width": 760, "height": 900})
     boxes, panel = [pictures.nth(k).bounding_box() for k in range(3)], page.locator(".jp-NotebookPanel").bounding_box()
