@@ -32,6 +32,14 @@ CITATION = TEMPLATE.parent.parent / "CITATION.cff"
 SIZE_LIMIT = 6_000_000  # bytes of one page
 PANDOC = ["--mathml", "--shift-heading-level-by=1", "--wrap=none", "--syntax-highlighting=none"]  # # is an h2
 TAGGED = re.compile(r"\$\$((?:(?!\$\$).)+?)\\tag\{([^}]+)\}((?:(?!\$\$).)*)\$\$", re.DOTALL)  # $$ ... \tag{2.1} ... $$
+# GitHub's dialect, as JupyterLab reads a cell: no YAML block, no title line, no definitions. `attributes` is for ours.
+READER = "gfm+tex_math_dollars+bracketed_spans+attributes+smart"
+AS_JUPYTER = (  # what JupyterLab takes for a formula or a table, in a form that pandoc takes for one
+    (re.compile(r"(?<![\\$])\$(?!\$)[ \t]*([^$\n]+?)[ \t]*\$(?![$\d])"), r"$\1$"),
+    (re.compile(r"^\\begin\{align(\*?)\}(.*?)\\end\{align\1\}", re.DOTALL | re.MULTILINE),
+     r"$$\\begin{aligned}\2\\end{aligned}$$"),
+    (re.compile(r"^(?!\s*\|)(.+)\n(?=\|.*\|[ \t]*\n\|[\s:|-]+\|)", re.MULTILINE), r"\1\n\n"),
+)  # fmt: skip
 NUMBER = re.compile(r"[-+−]?[\d,]+(\.\d+)?(e[-+]?\d+)?|–")  # a cell of a column that is set to the right
 
 
@@ -81,8 +89,10 @@ class KeepOurs(Preprocessor):
 @pass_context
 def markdown(context, source: str) -> str:
     r"""Jinja filter: pandoc's HTML with MathML; `$$ ... \tag{2.1} $$` becomes an equation with the id eq-2.1."""
+    for pattern, plain in AS_JUPYTER:
+        source = pattern.sub(plain, source)
     source = TAGGED.sub(r"[$$\1\3$$]{#eq-\2 .equation}", source)
-    html = pypandoc.convert_text(source, "html", "markdown", PANDOC, verify_format=False)
+    html = pypandoc.convert_text(source, "html", READER, PANDOC, verify_format=False)
     soup = BeautifulSoup(html.rstrip("\n"), "html.parser")
     if formula := soup.select_one("span.math"):  # what pandoc could not convert
         where = name_of(context["cell"].id) if "cell" in context else "report/template"

@@ -93,6 +93,33 @@ def test_no_line_starts_with_the_comma_after_a_formula(render):
     assert cell.p.get_text() == "Let a, bc, d)." and cell.li.get_text() == "e"
 
 
+@pytest.mark.parametrize(("source", "selector", "text"), [
+    ("The rate $ \\eta $ is low.", "p math", "η"),
+    ("A $x $ and $ y$ too", "p math:last-of-type", "y"),
+    ("$$ a = b $$", ".equation math", "a=b"),
+    ("\\begin{align}\na &= b \\\\ c &= d\n\\end{align}", ".equation math mtable", "a=bc=d"),
+    ("Intro.\n\n---\nNote: left out\n---\n\nEnd.", "h3", "Note: left out"),
+    ("% of labels that are wrong: 40\n\nmore", "p", "% of labels that are wrong: 40"),
+    ("Text.\n## Heading", "h3", "Heading"),
+    ("Table:\n| a | b |\n|---|---|\n| 1 | 2 |", "table td", "1"),
+    ("| a |\n|---|\n| $c^2$ |", "table td math", "c2"),
+    ("- a\n  - b\n    - c", "li li li", "c"),
+    ("1. a\n2. b", "ol li", "a"),
+    ("a\nterm\n: not a definition", "p", "a term : not a definition"),
+    ("~~gone~~ and **bold** and `$5`", "p", "gone and bold and $5"),
+    ("costs $5 and more", "p", "costs $5 and more"),
+    ("<b>raw</b> text", "p b", "raw"),
+    ("> said", "blockquote", "said"),
+    ("[](#nb-01) and a_b_c", "p", "a_b_c"),
+    ("line  \nbreak", "p br", ""),
+    ("![a dot](x)", "img", ""),
+])  # fmt: skip
+def test_the_page_shows_what_jupyterlab_shows_of_a_markdown_cell(source, selector, text):
+    soup = BeautifulSoup(report.markdown({}, source), "html.parser")
+    (found, *_) = soup.select(selector)
+    assert text in " ".join(found.get_text().split())
+
+
 def test_explorer_and_citation_take_no_markup_from_what_they_show(render, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "CITATION", tmp_path / "CITATION.cff")
     report.CITATION.write_text(CFF)
