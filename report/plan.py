@@ -40,7 +40,7 @@ def notebooks(root: Path) -> list[str]:
 
 
 class PlainYAML(yaml.SafeLoader):
-    """YAML without its traps: a key that stands twice, where the second would win, and 010, which would be 8."""
+    """YAML without its traps: a key that stands twice, where the second would win; 010, which would be 8; 1:30, 90."""
 
     def construct_mapping(self, node, deep=False):
         names = [str(key.value) for key, _ in node.value]
@@ -53,8 +53,14 @@ class PlainYAML(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, f"{node.value} is no plain number", node.start_mark)
         return super().construct_yaml_int(node)
 
+    def construct_yaml_float(self, node):
+        if ":" in node.value:  # 1:30.5 would be 90.5
+            raise yaml.constructor.ConstructorError(None, None, f"{node.value} is no plain number", node.start_mark)
+        return super().construct_yaml_float(node)
+
 
 PlainYAML.add_constructor("tag:yaml.org,2002:int", PlainYAML.construct_yaml_int)
+PlainYAML.add_constructor("tag:yaml.org,2002:float", PlainYAML.construct_yaml_float)
 
 
 def parameters_of(notebook: Path) -> dict[str, Any]:
@@ -93,8 +99,12 @@ def read_profile(place: Place) -> dict[str, dict[str, Any]]:
 
 def list_all(root: Path) -> str:
     """Return the text of --list: the profiles, and each notebook's parameters with what every profile gives them."""
-    plans = {name: read_profile(Place(name, root)) for name in profiles(root)}
-    lines = [f"profiles: {', '.join(plans)}"]
+    plans, lines = {}, [f"profiles: {', '.join(profiles(root))}"]
+    for name in profiles(root):
+        try:
+            plans[name] = read_profile(Place(name, root))
+        except BuildError as error:  # the others are listed all the same
+            lines.append(f"profile {name} cannot be read: {error}")
     for stem in notebooks(root):
         lines += ["", stem]
         for name, declared in parameters_of(root / "notebooks" / f"{stem}.ipynb").items():
