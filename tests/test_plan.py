@@ -59,9 +59,10 @@ def test_all_that_is_wrong_is_told_at_once_and_nothing_runs(read, tmp_path, caps
 @pytest.mark.parametrize("text", [
     b"", b"- 01_one", b"01_one: 3", b"01_one: {n_seeds: ", b"01_one:\n01_one:", b"? [1, 2]\n: 3",
     b"01_one: {lr: 0.1, n_seeds: 3, lr: 0.2}", b"01_one: {n_seeds: 010}", b"01_one: {n_seeds: 0x10}",
-    b"01_one: {n_seeds: 1:30}", b"01_one: {lr: 1:30.5}", "01_one: {arm: Müller}".encode("latin-1"), "01_one:".encode("utf-16"),
+    b"01_one: {n_seeds: 1:30}", b"01_one: {lr: 1:30.5}",
+    "01_one: {arm: Müller}".encode("latin-1"), "01_one:".encode("utf-16"),
 ])  # fmt: skip
-def test_a_profile_that_yaml_would_misread_is_refused_and_the_others_are_listed(read, tmp_path, capsys, text):
+def test_a_profile_that_yaml_would_misread_is_refused_by_name_the_others_listed(read, tmp_path, capsys, text):
     read("01_one: {n_seeds: 9}", "good")
     with pytest.raises(BuildError, match=r"report/profiles/toy\.yaml"):
         read(text)
