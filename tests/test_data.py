@@ -47,3 +47,9 @@ def test_bad_arguments_are_refused_by_name():
     bad = {"num_samples": [4999, 0], "seed": [-1], "valid_fraction": [1.0], "label_noise": [-0.1]}
     assert_refused(load_mnist1d, ValueError, **bad)
     assert_refused(load_mnist1d, TypeError, num_samples=[100.0], label_noise=["0.1"])
+
+
+def test_a_number_of_another_type_is_refused_also_after_its_equal_was_drawn():
+    draw_mnist1d(200)
+    with pytest.raises(TypeError, match="`num_samples`"):
+        draw_mnist1d(200.0)
