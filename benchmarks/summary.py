@@ -1,8 +1,8 @@
-"""Turn the benchmark's two tables into a plot and a page of markdown, and put that into docs/benchmark.md.
+"""Turn the benchmark's two tables into a plot and a page of markdown, for docs/benchmark.md and in short the README.
 
 The aims were set before anything was measured.
 
-    python summary.py             results/benchmark.svg, and the tables in docs/benchmark.md
+    python summary.py             results/benchmark.svg, and the tables in docs/benchmark.md and the README
     python summary.py --quick     the same from results/quick, to results/quick/benchmark.md
 """
 
@@ -24,7 +24,7 @@ FLOOR, OURS, SCALED = "plain backward", "SGSC, statistic", "SGSC, scale_gradient
 PARTS = ("hooks that do nothing", "hooks and sign products")  # no methods: they show where SGSC's time goes
 WIDE, SMALL = "784-1024-1024-10", "40-128-128-10"
 PAGE = ROOT / "docs" / "benchmark.md"
-BEGIN, END = "<!-- benchmark: written by benchmarks/summary.py from benchmarks/results -->\n", "<!-- /benchmark -->"
+MARKS = "<!-- {0}: written by benchmarks/summary.py from benchmarks/results -->\n", "<!-- /{0} -->"
 PICTURE = (
     '<img src="../benchmarks/results/benchmark.svg" alt="Bar charts: the time of a pass over that of a plain one, for '
     "SGSC and its peers on three models; the time of a training run over that of the stacked one. The tables below "
@@ -135,6 +135,29 @@ def page(statistic: pd.DataFrame, training: pd.DataFrame) -> str:
     )
 
 
+def costs(statistic: pd.DataFrame) -> str:
+    """The README's table: a pass with SGSC over a plain one, and over the fastest other way to the same numbers."""
+    rows = []
+    for model, table in statistic.groupby("model", sort=False):
+        table = table.set_index("method")
+        others = table.drop(index=[FLOOR, OURS, SCALED, *PARTS], errors="ignore")
+        best = others.loc[others.times_sgsc.idxmin()]
+        others = f"{best.name}: {best.times_sgsc:.1f} × SGSC's time"
+        row = {"model": model, "a pass with SGSC": f"{table.ratio[SCALED]:.1f} × a plain one"}
+        rows.append(row | {"the fastest other way": others})
+    return markdown(pd.DataFrame(rows))
+
+
+def put(name: str, text: str, path: Path) -> None:
+    """Put a text between the marks of this name in a file."""
+    begin, end = (mark.format(name) for mark in MARKS)
+    before, begin, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, end, after = rest.partition(end)
+    if not end:
+        raise SystemExit(f"{path} should have the lines {' and '.join(MARKS).format(name)}, between which text goes.")
+    write_text(f"{before}{begin}{text}{end}{after}", path)
+
+
 def plot(statistic: pd.DataFrame, training: pd.DataFrame) -> str:
     """The plot as SVG text: a panel a model, and one for training runs."""
     style = ROOT / "report" / "sgsc.mplstyle"
@@ -187,11 +210,8 @@ def main() -> None:
     if quick:
         write_text(text, folder / "benchmark.md")
         return
-    before, begin, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        parser.error(f"{PAGE} should have the lines {BEGIN.strip()} and {END}, between which the tables go.")
-    write_text(f"{before}{begin}{PICTURE}{text}{end}{after}", PAGE)
+    put("benchmark", f"{PICTURE}{text}", PAGE)
+    put("cost", costs(tables[0]), ROOT / "README.md")
 
 
 if __name__ == "__main__":
