@@ -15,6 +15,7 @@ previous one, and the next build reads from the cache what was trained by then.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import signal
@@ -126,7 +127,18 @@ def run(place: Place, plan: dict[str, dict[str, Any]], todo: list[str]) -> None:
         manifest.check_results(place.results, made, rerun=stem)
         before, cached = manifest.written(place.results), manifest.cached_stacks()
         of_what, started, start = fingerprint(place, stem, plan[stem]), manifest.now(), time.monotonic()
-        run_notebook(place, stem, plan[stem])
+        tries = place.executed(stem).with_name(f".{stem}.tries.json")  # what earlier ones, that failed, have trained
+        took = {"parameters": plan[stem], "stacks": 0, "seconds": 0.0}
+        if tries.exists() and (before_that := json.loads(tries.read_text()))["parameters"] == plan[stem]:
+            took = before_that
+        try:
+            run_notebook(place, stem, plan[stem])
+        except BaseException:
+            if stacks := manifest.cached_stacks() - cached:
+                took |= {"stacks": took["stacks"] + stacks, "seconds": took["seconds"] + time.monotonic() - start}
+                write_text(json.dumps(took), tries)
+            raise
+        tries.unlink(missing_ok=True)
         seconds = round(time.monotonic() - start, 1)
         wrote = [name for name, when in manifest.written(place.results).items() if when != before.get(name)]
         for other, entry in ran.items():
@@ -135,7 +147,11 @@ def run(place: Place, plan: dict[str, dict[str, Any]], todo: list[str]) -> None:
                 again = manifest.command(place.profile, other)
                 raise BuildError(f"{stem} wrote {', '.join(taken)} of {other}. Rename it, and rebuild that: {again}")
         machine = "{cores} cores ({cpu})".format(**manifest.environment()["machine"])
-        training: dict[str, Any] = {"stacks": manifest.cached_stacks() - cached, "seconds": seconds, "machine": machine}
+        training: dict[str, Any] = {
+            "stacks": manifest.cached_stacks() - cached + took["stacks"],
+            "seconds": round(seconds + took["seconds"], 1),
+            "machine": machine,
+        }
         if earlier.get("parameters") == plan[stem]:  # that of the build that trained most of it: others read the cache
             training = max(training, earlier["training"], key=lambda run: run["stacks"])
         declared = parameters_of(place.notebook(stem))

@@ -50,6 +50,21 @@ def test_only_runs_one_notebook_and_makes_no_page_where_another_is_out_of_date(t
         assert repr(only) in capsys.readouterr().err
 
 
+def test_the_time_to_train_counts_the_tries_that_failed_after_they_had_trained(toy, monkeypatch):
+    path, stacks = toy / "notebooks/02_second.ipynb", iter([0, 5, 5, 7, 7, 7])
+    monkeypatch.setattr(manifest, "cached_stacks", lambda: next(stacks))
+    good = path.read_text()
+    write_notebook(path, "# Second", parameters('results: str = "."'), code("raise ValueError"))
+    build_toy(toy, "--only", "02", exit_code=1)
+    path.write_text(good)
+    build_toy(toy, "--only", "02")
+    made = manifest.read(toy / "report/results/toy")["notebooks"]["02_second"]
+    training = made["training"]
+    assert training["stacks"] == 7 and training["seconds"] > made["seconds"]
+    build_toy(toy, "--only", "02")  # from the cache
+    assert manifest.read(toy / "report/results/toy")["notebooks"]["02_second"]["training"] == training
+
+
 @pytest.mark.parametrize(("source", "why"), [
     ("raise IndexError", "IndexError"), ("import os; os.kill(os.getpid(), 9)", "the kernel died"),
 ])  # fmt: skip
