@@ -136,16 +136,17 @@ in training mode it couples the samples. Call its eval(), or use GroupNorm.
             parameters = {name: way.parameter for name, way in recorder.ways.items() if way.parameter.requires_grad}
             sums = {name: recorder.sums[name].sign if name in recorder.sums
                     else torch.zeros_like(p, dtype=statistic_dtype(p)) for name, p in parameters.items()}  # fmt: skip
-            samples = torch.tensor([recorder.samples(name) for name in parameters])
+            counts = {name: recorder.samples(name) for name in parameters}
             unseen = [name for name, p in parameters.items()
                       if name not in recorder.sums and p.grad is not None and p.grad.any()]  # fmt: skip
             if self._group is not None:
                 unseen = []  # a gradient may come from other processes' samples
                 sums = {name: tensor.clone() for name, tensor in sums.items()}  # this process's own sums stay
-                samples = samples.to(next(iter(sums.values())).device) if sums else samples
+                device = next(iter(sums.values())).device if sums else None
+                samples = torch.tensor([*counts.values()], device=device)
                 for work in [dist.all_reduce(t, group=self._group, async_op=True) for t in (samples, *sums.values())]:
                     work.wait()
-            counts = dict(zip(parameters, samples.tolist(), strict=True))
+                counts = dict(zip(parameters, samples.tolist(), strict=True))
             refuse_unseen(unseen, max(counts.values(), default=0), hooked=bool(recorder.hooks))
             self._reduced, recorder.changed = _Statistic(parameters, sums, counts), False
         return self._reduced

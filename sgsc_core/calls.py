@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -57,15 +57,10 @@ def behind(output: Tensor, call: Call) -> Tensor:
     return output if base.untyped_storage().data_ptr() in inputs else base
 
 
-@contextmanager
-def exactly(*tensors: Tensor) -> Iterator[None]:
-    """Neither a graph nor autocast, which would multiply signs in bfloat16: that counts exactly only to 256."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        for kind in {t.device.type for t in tensors}:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
+def exactly(*tensors: Tensor) -> AbstractContextManager:
+    """Without autocast, which would multiply signs in bfloat16: that counts exactly only to 256."""
+    on = [t.device.type for t in tensors[:1] if torch.is_autocast_enabled(t.device.type)]
+    return torch.autocast(on[0], enabled=False) if on else nullcontext()
 
 
 class RandomState:
@@ -112,7 +107,8 @@ class Call:
     ) -> None:
         self.path, self.module, self.this, self.rows = path, module, this, this.rows
         self.names: set[str] = set()  # parameters whose sums still need the call
-        self.found: dict[str, Any] | None = None  # what a rule made of it
+        self.rule: Any = None
+        self.found: dict[str, Any] | None = None  # what the rule made of it
         leaves, self.spec = tree_flatten((args, kwargs))
         self.leaves: list[Any] = [t.detach() if isinstance(t, Tensor) else t for t in leaves]
         self.versions = [t._version if isinstance(t, Tensor) else 0 for t in leaves]
@@ -126,12 +122,9 @@ class Call:
         self.outputs = [t.detach() for t in outputs] if self.random is not None else []
         self.output_versions = [t._version for t in self.outputs]
         device = outputs[0].device.type if outputs else "cpu"
-        self.autocast: dict[str, Any] = {
-            "device_type": device,
-            "enabled": torch.is_autocast_enabled(device),
-            "dtype": torch.get_autocast_dtype(device),
-            "cache_enabled": False,
-        }
+        self.autocast: dict[str, Any] = {"device_type": device, "enabled": torch.is_autocast_enabled(device)}
+        if self.autocast["enabled"]:
+            self.autocast |= {"dtype": torch.get_autocast_dtype(device), "cache_enabled": False}
         self.served = self.arrived = self.released = False
 
     def release(self) -> None:
@@ -177,11 +170,13 @@ class Hook:
     """A hook on one module. A copy of the model does not report to SGSC, nor does one that was saved and loaded."""
 
     def __init__(self, function: Callable, module: nn.Module, path: str = "") -> None:
-        self.function, self.module, self.path = torch.compiler.disable(function), module, path
+        self.function, self.module, self.path = function, module, path
+        self.uncompiled = torch.compiler.disable(function)
 
     def __call__(self, called: nn.Module, *rest: Any) -> None:
         if called is self.module:
-            self.function(self.path, called, *rest)
+            function = self.uncompiled if torch.compiler.is_compiling() else self.function  # the first costs time
+            function(self.path, called, *rest)
 
     def __deepcopy__(self, _: dict) -> Hook:
         return self

@@ -97,9 +97,9 @@ def refuse_coupled(path: str, module: nn.Module) -> None:
         )
 
 
-def refuse_place(path: str, module: nn.Module, shape: tuple[int, ...], rows: int) -> None:
+def refuse_place(where: str, shape: tuple[int, ...], rows: int) -> None:
     raise ValueError(
-        f"{named(path, module)} should see the batch's {rows} samples along its first axis. Found an input of shape "
+        f"{where} should see the batch's {rows} samples along its first axis. Found an output of shape "
         f"{shape}. Keep the batch in front, [{rows}, ...], or leave out check=False: then SGSC looks for the samples."
     )
 

@@ -1,15 +1,16 @@
 """The hooks of SGSC: which calls of a model's modules made which parameter's gradient, and from which samples.
 
 A forward hook keeps a module's call; a hook on its output brings the error; a hook on each parameter tells when
-autograd has added to its gradient, and only then do the samples count. At the end of the first backward pass the sums
-over samples are compared with autograd's gradients.
+autograd has added to its gradient, and only then do the samples count.
 """
 
 from __future__ import annotations
 
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from sgsc_core.checks import (
 )
 from sgsc_core.confirm import confirm
 from sgsc_core.look import Axes, second_look
-from sgsc_core.plan import above, around, problems_of, ways
+from sgsc_core.plan import above, around, problems_of, rule_of, ways
 from sgsc_core.rules import Rule
 from sgsc_core.sums import Summing, Sums
 
@@ -37,7 +38,7 @@ class Recorder:
         self, model: nn.Module, rules: Mapping[type, Rule], *, check: bool, active: bool, on_pass: Callable[[], None]
     ) -> None:
         self.model, self.on_pass, self.hooks = model, on_pass, []  # type: nn.Module, Callable[[], None], list[Any]
-        self.summing = Summing(rules, total=check, active=active)
+        self.rules, self.summing = rules, Summing(total=check, active=active)
         self.current: Pass | None = None  # the forward pass under way, or the last one
         self.running = False  # the model's own forward pass is under way
         self.axes: dict[str, list[Axes]] = {}  # what the look at two samples found
@@ -63,13 +64,11 @@ class Recorder:
     def hook(self) -> None:
         """Set all hooks, for the parameters as they are now."""
         self.remove()
-        model, found = self.model, ways(self.model, self.summing.rules)
+        model, found = self.model, ways(self.model, self.rules)
         self.ways = {name: way for name, way in found.items() if way.parameter.requires_grad}
         self.parameters = [(p, p.requires_grad) for p in model.parameters()]
-        self.hooks = [
-            model.register_forward_pre_hook(Hook(self.on_model, model), prepend=True, with_kwargs=True),
-            model.register_forward_hook(Hook(self.on_model_end, model), always_call=True),
-        ]
+        self.hooks = [model.register_forward_pre_hook(Hook(self.on_model, model), prepend=True, with_kwargs=True)]
+        self.hooks.append(model.register_forward_hook(Hook(self.on_model_end, model), always_call=True))
         held = {path for way in self.ways.values() for owner in way.owners for path in above(owner.path)}
         for path, module in model.named_modules():
             if path in held:  # prepend=True: another hook may replace the output, and a rule needs the layer's own
@@ -79,8 +78,8 @@ class Recorder:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 self.hooks.append(module.register_forward_pre_hook(Hook(self.on_batch_norm, module, path)))
         for name, way in self.ways.items():
-            before_sum, after_sum = _of(self.on_gradient, name), _of(self.on_accumulated, name)
-            self.hooks.append(way.parameter.register_hook(before_sum))
+            self.hooks.append(way.parameter.register_hook(partial(self.on_gradient, name)))
+            after_sum = partial(self.on_accumulated, name)
             self.hooks.append(way.parameter.register_post_accumulate_grad_hook(after_sum))
         self.plan()
 
@@ -92,12 +91,14 @@ class Recorder:
     def plan(self) -> None:
         """Whose calls are kept: layers with rules, modules that run again, and all that an unchecked one may need."""
         self.by_rule: dict[str, list[tuple[str, str]]] = {}  # path: [(key, parameter's name)]
+        self.rule_at: dict[str, Any] = {}
         self.again: dict[str, list[str]] = {}  # path: parameters' names
         self.candidates: set[str] = set()
         for name, way in self.ways.items():
             if way.again is None:
                 for owner in way.owners:
                     self.by_rule.setdefault(owner.path, []).append((owner.key, name))
+                    self.rule_at[owner.path] = rule_of(owner.module, self.rules)
             else:
                 self.again.setdefault(way.again, []).append(name)
             if name in self.unchecked:
@@ -110,11 +111,11 @@ class Recorder:
         if not is_training_pass():
             return
         if [(id(p), p.requires_grad) for p in model.parameters()] != [(id(p), own) for p, own in self.parameters]:
-            if problems := problems_of(model, self.summing.rules):  # some were frozen, thawed, replaced
+            if problems := problems_of(model, self.rules):  # some were frozen, thawed, replaced
                 raise ValueError("\n".join(problems))
             self.hook()
-        rows = rows_of(args, kwargs)
         self.forget_calls()
+        rows = rows_of(args, kwargs)
         self.current, self.running = None, rows is not None  # else the first layer tells how many samples there are
         if rows is not None:
             self.start_pass(rows)
@@ -157,13 +158,11 @@ class Recorder:
         this = self.pass_of(path, args, kwargs)
         call = Call(path, module, args, kwargs, output, this, self.random.pop(path, None))
         call.names = {*(name for _, name in own), *again}
-        call.served = bool(call.names)
+        call.served, call.rule = bool(call.names), self.rule_at.get(path)
         if looked := self.axes.get(path):
             call.place(looked[min(this.calls.get(path, 0), len(looked) - 1)])
         this.calls[path] = this.calls.get(path, 0) + 1
         this.autocast |= bool(call.autocast["enabled"])
-        if own and this.rows and self.unchecked.isdisjoint(call.names) and not self.summing.is_placed(call):
-            refuse_place(path, module, call.shapes[0], this.rows)
         for k, leaf in enumerate(tensors_in(output)):
             if leaf.requires_grad:
                 hooked = behind(leaf, call)
@@ -250,6 +249,8 @@ class Recorder:
             return None  # an empty shard
         if lost := [call for call in calls if not self.summing.is_placed(call)]:
             where, shape = named(lost[0].path, lost[0].module), tuple(lost[0].shapes[0])
+            if name not in self.unchecked:
+                refuse_place(where, shape, lost[0].rows)
             self.misplaced.append(f"{where} gives {shape}, where no axis holds the {lost[0].rows} samples")
             return None  # so that the check looks for another way
         uses = [(call, key) for call in calls for key, own in self.by_rule[call.path] if own == name]
@@ -261,8 +262,6 @@ class Recorder:
         return call.found.pop(key)
 
     def of_module(self, path: str, calls: list[Call], names: list[str]) -> dict[str, Sums]:
-        if not calls[0].rows:
-            return {}
         inside = {p: key for key, p in self.model.get_submodule(path).named_parameters()}
         keys = {inside[self.ways[name].parameter]: name for name in names}
         found = self.summing.of_module(calls, {key: self.ways[name].parameter for key, name in keys.items()})
@@ -286,7 +285,7 @@ class Recorder:
                 call.release()
 
     def on_backward_end(self, task: int) -> None:
-        with exactly(*(self.ways[name].parameter for name in self.fresh[:1])):
+        with torch.no_grad(), exactly(*(self.ways[name].parameter for name in self.fresh[:1])):
             for path, names in self.again.items():
                 if wanted := [name for name in names if name in self.fresh and name in self.arrived]:
                     calls = self.arrived[wanted[0]]
@@ -296,10 +295,6 @@ class Recorder:
             confirm(self)
         self.open.discard(task)
         if not self.open:
-            for call in (call for calls in self.tried.values() for call in calls):
+            for call in itertools.chain(*self.tried.values()):
                 call.release()
             self.forget_calls()
-
-
-def _of(function: Callable, name: str) -> Callable:
-    return lambda tensor: function(name, tensor)

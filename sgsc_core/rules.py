@@ -168,8 +168,9 @@ def _patch_products(module: Any, image: Tensor, positions: Tensor) -> Tensor:
     strides = [axis * s for axis, s in zip(axes, module.stride, strict=True)]
     size = (len(image), groups, image.shape[1] // groups, *module.kernel_size, *out)
     patches = image.contiguous().as_strided(size, (batch, channel * size[2], channel, *steps, *strides))
-    patches = patches.flatten(3 + n).flatten(2, 2 + n)  # [b, groups, in · kernel, L]
-    return (positions.flatten(2).unflatten(1, (groups, -1)) @ patches.mT).view(len(image), *weight.shape)
+    patches = patches.flatten(3 + n).flatten(2, 2 + n).flatten(0, 1).contiguous()  # [b · groups, in · kernel, L]
+    positions = positions.reshape(len(patches), -1, patches.shape[2])  # [b · groups, out / groups, L]
+    return torch.bmm(positions, patches.mT).view(len(image), *weight.shape)
 
 
 # -- layers that look up rows ------------------------------------------------------------------------------------------
