@@ -1,0 +1,281 @@
+"""What SGSC does on the real architectures of zoo.py: how it serves them, whether c is right, and what it costs.
+
+For each: how its parameters are served; how many entries of c differ from a loop over samples, in float64 and without
+dropout; whether training mode with dropout runs; time and peak memory of a pass with c, beside a plain pass and vmap.
+
+    python architectures.py                     writes results/architectures.csv and docs/architectures.md
+    python architectures.py --only gpt2 vit     measures these and prints them
+    python architectures.py --page              writes docs/architectures.md from the table
+"""
+
+import argparse
+import os
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+os.environ |= {"KINETO_LOG_LEVEL": "9", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # the profiler's chatter; read on import
+import pandas as pd
+import torch
+from summary import ROOT, markdown, put
+from timing import RESULTS, machine, median_interval, note
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from sgsc_lib import SGSC, check_consistency, sign_consistency
+
+COMPARED = 6  # samples of the batch for which c is compared with the loop
+DROPOUT = 0.1
+ROUNDS, SECONDS = (3, 15), 1.5  # the fewest and the most rounds of timing, and about how long they may take
+PAGE, TABLE = ROOT / "docs" / "architectures.md", RESULTS / "architectures.csv"
+Pass = Callable[[], Any]
+
+# ---- A model and its batch -------------------------------------------------------------------------------------------
+
+
+def call(model: nn.Module, x: Any) -> Any:
+    return model(**x) if isinstance(x, dict) else model(*x) if isinstance(x, tuple) else model(x)
+
+
+def build(name: str, dropout: float = 0.0) -> Any:
+    """The case, the same at every call, in training mode."""
+    from zoo import ARCHITECTURES  # not above: `--page` needs none of its libraries
+
+    torch.manual_seed(0)
+    case = ARCHITECTURES[name](dropout)
+    for p in case.model.parameters():
+        if not p.any():  # a head or an adapter that starts at zero passes no gradient on: nothing could be compared
+            nn.init.normal_(p, std=0.1)
+    case.model.train()
+    return case
+
+
+def ready(name: str, dropout: float = 0.0) -> Any:
+    """The case after the way out of the refusal that is expected of it."""
+    case = build(name, dropout)
+    if case.way_out is not None:
+        case.way_out(case.model)
+    return case
+
+
+# Each takes a case and returns a function that makes one forward and backward pass on its batch. All leave the mean
+# gradient, which a training step needs.
+
+
+def plain(case: Any) -> Pass:
+    def once() -> None:
+        case.model.zero_grad()
+        case.loss_fn(call(case.model, case.x), case.y).backward()
+
+    return once
+
+
+def with_sgsc(case: Any) -> Pass:
+    sgsc, backward = SGSC(case.model, gamma=0.5), plain(case)
+
+    def once() -> dict[str, torch.Tensor]:
+        backward()
+        return sgsc.consistency()
+
+    return once
+
+
+def with_vmap(case: Any) -> Pass:
+    parameters = {name: p.detach() for name, p in case.model.named_parameters() if p.requires_grad}
+    rest = {name: p.detach() for name, p in case.model.named_parameters() if not p.requires_grad}
+    rest |= dict(case.model.named_buffers())
+
+    def loss(parameters: dict[str, torch.Tensor], x: Any, y: torch.Tensor) -> torch.Tensor:
+        def model(*args: Any, **kwargs: Any) -> Any:
+            return torch.func.functional_call(case.model, (parameters, rest), args, kwargs)
+
+        return case.loss_fn(call(model, tree_map(lambda t: t.unsqueeze(0), x)), y.unsqueeze(0))
+
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different")
+
+    def once() -> dict[str, torch.Tensor]:
+        per_sample = gradients(parameters, case.x, case.y)
+        _ = {name: g.mean(0) for name, g in per_sample.items()}
+        return sign_consistency(per_sample)
+
+    return once
+
+
+# ---- What is measured ------------------------------------------------------------------------------------------------
+
+
+def refusal(name: str) -> dict[str, str]:
+    """The refusal that is expected of this case as it is, and what its way out does; nothing where none is expected."""
+    case = build(name)
+    if case.way_out is None:
+        return {}
+    try:
+        SGSC(case.model, gamma=0.5)
+    except ValueError as error:
+        return {"refusal": str(error).splitlines()[0], "way_out": case.way_out.__doc__}
+    raise AssertionError("It should be refused as it is, and was served.")
+
+
+def served(model: nn.Module) -> str:
+    """How many parameters each rule serves."""
+    rules = Counter(row.rule for row in SGSC.explain(model) if row.rule != "frozen")
+    short = Counter()
+    for rule, count in rules.items():
+        short[rule.partition(" in ")[0].removesuffix("_rule").replace("_", " ")] += count
+    return ", ".join(f"{rule} {count}" for rule, count in short.most_common())
+
+
+def compare(name: str) -> dict[str, int]:
+    case = ready(name)
+    x = tree_map(lambda t: t[:COMPARED].double() if t.is_floating_point() else t[:COMPARED], case.x)
+    rows = check_consistency(case.model.double(), x, case.y[:COMPARED], case.loss_fn)
+    return {"entries": sum(row.entries for row in rows), "differing": sum(row.differing for row in rows)}
+
+
+def with_dropout(name: str) -> str:
+    """Whether a training step with dropout runs; "none" where nothing in the model is random."""
+    case = ready(name, DROPOUT)
+    with torch.no_grad():
+        first, second = (case.loss_fn(call(case.model, case.x), case.y) for _ in range(2))
+    if torch.equal(first, second):
+        return "none"
+    with_sgsc(case)()
+    return "runs"
+
+
+def peak(once: Pass) -> int:
+    """The most bytes of tensors that a pass holds beyond what was there before it."""
+    once()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        once()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def seconds(once: Pass) -> float:
+    start = time.perf_counter()
+    once()
+    return time.perf_counter() - start
+
+
+def costs(name: str) -> dict[str, Any]:
+    """Time and peak memory over those of a plain pass: in turns, with a ratio within each round; the median of them."""
+    row: dict[str, Any] = {}
+    passes = {"plain": plain(ready(name))}
+    seconds(passes["plain"])
+    passes["sgsc"] = with_sgsc(ready(name))
+    row["first"] = seconds(passes["sgsc"]) / seconds(passes["plain"])  # SGSC checks itself on its first batch
+    try:
+        vmap = with_vmap(ready(name))
+        vmap()
+        passes["vmap"] = vmap
+    except RuntimeError as error:  # an operation without a batching rule, or control flow that depends on data
+        row["vmap_fails"] = str(error).splitlines()[0][:120]
+    taken: dict[str, list[float]] = {way: [] for way in passes}
+    (least, most), start = ROUNDS, time.perf_counter()
+    while len(taken["plain"]) < least or (len(taken["plain"]) < most and time.perf_counter() - start < SECONDS):
+        for way, once in passes.items():
+            taken[way].append(seconds(once))
+    row |= {"rounds": len(taken["plain"]), "milliseconds": 1e3 * median_interval(taken["plain"])[0]}
+    held = {way: peak(once) for way, once in passes.items()}
+    for way in list(passes)[1:]:
+        ratios = [own / floor for own, floor in zip(taken[way], taken["plain"], strict=True)]
+        columns = (f"{way}_time", f"{way}_time_low", f"{way}_time_high")
+        row |= dict(zip(columns, median_interval(ratios), strict=True))
+        row[f"{way}_memory"] = held[way] / held["plain"]
+    return row
+
+
+def measure(name: str) -> dict[str, Any]:
+    library, _, architecture = name.partition(": ")
+    case = ready(name)
+    row = {"library": library, "architecture": architecture, "batch_size": len(case.y)} | refusal(name)
+    row["served"] = served(case.model)
+    return row | compare(name) | {"dropout": with_dropout(name)} | costs(name)
+
+
+# ---- The page --------------------------------------------------------------------------------------------------------
+
+
+def page(frame: pd.DataFrame) -> str:
+    refused = frame.way_out.notna()
+    medians = {column: frame[column].median() for column in ("sgsc_time", "sgsc_memory", "vmap_time", "vmap_memory")}
+    without = int(frame.vmap_time.isna().sum())
+    sentences = (
+        f"Of {len(frame)} architectures SGSC serves {len(frame) - refused.sum()} as they are and {refused.sum()} after "
+        f"the way out that its refusal names; c differs from the loop over samples in {frame.differing.sum()} of "
+        f"{frame.entries.sum():,} entries.\n\n"
+        f"A pass with SGSC takes {medians['sgsc_time']:.1f} × the time and {medians['sgsc_memory']:.1f} × the memory "
+        f"of a plain one in the median, at most {frame.sgsc_time.max():.1f} × and {frame.sgsc_memory.max():.1f} ×.\n\n"
+        f"Where vmap of the whole model runs it takes {medians['vmap_time']:.1f} × and {medians['vmap_memory']:.1f} ×; "
+        f"it fails on {without}.\n\n"
+    )
+
+    def ratio(column: str) -> pd.Series:
+        return frame[column].map(lambda value: "fails" if pd.isna(value) else f"{value:.1f}")
+
+    table = pd.DataFrame(
+        {
+            "library": frame.library,
+            "architecture": frame.architecture,
+            "parameters, by how they are served": frame.served,
+            "entries that differ": frame.differing.astype(str) + frame.entries.map(" of {:,}".format),
+            "with dropout": frame.dropout,
+            "time, SGSC": ratio("sgsc_time"),
+            "time, vmap": ratio("vmap_time"),
+            "memory, SGSC": ratio("sgsc_memory"),
+            "memory, vmap": ratio("vmap_memory"),
+            "first pass": ratio("first"),
+        }
+    )
+    refusals = frame[refused][["architecture", "refusal", "way_out"]].rename(columns={"way_out": "done here"})
+    setting = f"Batches of {frame.batch_size.iloc[0]}, one thread, {frame.machine.iloc[0]}; {frame.versions.iloc[0]}."
+    return (
+        f"{sentences}{markdown(table)}\n{setting}\n\n## Refused as they are\n\nThe rows above are those of the model "
+        f"after this was done to it.\n\n{markdown(refusals)}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", default=[], help="parts of names: measure these, write nothing")
+    parser.add_argument("--page", action="store_true", help="only write the page, from the table that is there")
+    args = parser.parse_args()
+    if args.page:
+        return put("architectures", page(pd.read_csv(TABLE)), PAGE, "architectures.py")
+    import zoo
+
+    from sgsc_study import write_table
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    rows, failed = [], []
+    for name in zoo.ARCHITECTURES:
+        if args.only and not any(part in name for part in args.only):
+            continue
+        start = time.perf_counter()
+        try:
+            rows.append(measure(name))
+        except Exception:
+            failed.append(name)
+            note(traceback.format_exc())
+        note(f"{name}: {time.perf_counter() - start:.1f} s")
+    frame = pd.DataFrame(rows).assign(machine=machine(), versions=zoo.versions())
+    print(frame.drop(columns=["machine", "versions"]).to_string(index=False, float_format="{:.2f}".format))
+    wrong = [row["architecture"] for row in rows if row["differing"]]
+    if failed or wrong:
+        raise SystemExit(f"Nothing is written. Refused or failed: {failed}. With entries that differ: {wrong}.")
+    if not args.only:
+        write_table(frame, TABLE)
+        put("architectures", page(pd.read_csv(TABLE)), PAGE, "architectures.py")
+
+
+if __name__ == "__main__":
+    main()
