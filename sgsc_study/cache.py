@@ -19,7 +19,7 @@ import joblib
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(os.environ.get("SGSC_CACHE", ROOT / ".cache"))  # of trained runs and of searches; safe to delete
-OWN = ("sgsc_lib", "sgsc_study")
+OWN = ("sgsc_lib", "sgsc_core", "sgsc_study")
 
 
 class _Meaning(ast.NodeTransformer):
@@ -56,10 +56,10 @@ def _source(module: str) -> str:
 def _counts(name: str, importer: str) -> bool:
     """Whether `name` is a module whose code is its importer's too: of this project, of one package, not installed.
 
-    sgsc_checks is not: it refuses, and makes no result.
+    sgsc_core.checks is not: it refuses, and makes no result.
     """
     root = name.partition(".")[0]
-    if root in sys.stdlib_module_names or root == "sgsc_checks":
+    if root in sys.stdlib_module_names or name.startswith("sgsc_core.checks"):
         return False
     with suppress(ImportError, ValueError, AttributeError):  # it is something in a module, or it is missing
         home: Any = importlib.util.find_spec(root)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sgsc_lib import check
+from sgsc_core.checks import check
 
 # SHA-256 of the float32 features and int64 labels of `draw_mnist1d(5000, seed=42)`. They equal, bit for bit, the
 # float32 arrays of the authors' frozen download.

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sgsc_lib import factored_sums, mlp
+from sgsc_core.definition import factored_sums, mlp
 from sgsc_study.data import Dataset
 from sgsc_study.gates import SUMS, Gate, align_runs, sums_of
 from sgsc_study.optimizers import OPTIMIZERS, plain, step_

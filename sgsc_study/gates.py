@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sgsc_lib import power_gate
+from sgsc_core.definition import power_gate
 
 # Σ_i f(g_i) for each f; all are multiplicative, so that each is one matrix product. "total" is Σ_i g_i itself.
 SUMS: dict[str, Callable[[Tensor], Tensor]] = {

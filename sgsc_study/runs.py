@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from sgsc_checks import check_choice
-from sgsc_lib import check
+from sgsc_core.checks import check, check_choice
 from sgsc_study.gates import GATES, RELATIVES
 from sgsc_study.optimizers import OPTIMIZERS
 

@@ -150,9 +150,9 @@ def toy(built, tmp_path) -> Path:
 def copy_repository(to: Path) -> Path:
     """Copy all that a build needs, without results, pages and the cache."""
     ignored = shutil.ignore_patterns("results", "executed", "sgsc*.html", "__pycache__", ".*")
-    for folder in ("report", "sgsc_study", "notebooks"):
+    for folder in ("report", "sgsc_core", "sgsc_study", "notebooks"):
         shutil.copytree(ROOT / folder, to / folder, ignore=ignored)
-    for name in ("sgsc_lib.py", "sgsc_checks.py", "CITATION.cff"):
+    for name in ("sgsc_lib.py", "CITATION.cff"):
         shutil.copy(ROOT / name, to)
     return to
 

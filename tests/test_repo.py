@@ -32,7 +32,7 @@ from sgsc_study.parameters import declarations
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
-MODULES = ["sgsc_lib", "sgsc_checks", *sorted(f"sgsc_study.{path.stem}" for path in ROOT.glob("sgsc_study/[a-z]*.py"))]
+MODULES = ["sgsc_lib", *(f"{path.parent.name}.{path.stem}" for path in sorted(ROOT.glob("sgsc_[cs]*/[a-z]*.py")))]
 
 
 def text_of(path: Path | str) -> str:
@@ -95,16 +95,18 @@ def test_the_lock_satisfies_what_is_declared_and_there_is_one_python_one_version
 
 def test_files_are_of_a_size_that_one_reads_and_the_order_of_imports_leaves_no_module_out():
     assert len(lines_of("sgsc_lib.py")) <= 700 and len(lines_of("README.md")) <= 180
-    for path in [*ROOT.glob("sgsc_study/*.py"), *ROOT.glob("report/*.py"), ROOT / "sgsc_checks.py"]:
+    for path in (each for folder in ("sgsc_core", "sgsc_study", "report") for each in ROOT.glob(f"{folder}/*.py")):
         assert len(lines_of(path)) <= 300, f"{path.name}: one idea a file"
-    (contract,) = tomllib.loads(text_of("pyproject.toml"))["tool"]["importlinter"]["contracts"]
-    assert {f"sgsc_study.{layer}" for layer in contract["layers"]} == set(MODULES[2:])
+    study, core = tomllib.loads(text_of("pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    layers = {part for layer in core["layers"] for part in layer.split(" | ")}
+    layers |= {f"sgsc_study.{layer}" for layer in study["layers"]}
+    assert layers - {"sgsc_study"} == set(MODULES) - {"sgsc_lib"}
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_name_that_is_offered_has_an_example_and_they_run(name):
     module = importlib.import_module(name)
-    offered = module if name == "sgsc_lib" else sgsc_study
+    offered = sgsc_study if name.startswith("sgsc_study") else sgsc_lib
     own = {key: value for key, value in vars(offered).items() if getattr(value, "__module__", "") == name}
     methods = {f"{n}.{m}": f for n, v in own.items() if inspect.isclass(v) for m, f in vars(v).items() if callable(f)}
     public = {key: value for key, value in (own | methods).items() if not re.search(r"(^|\.)_", key)}
@@ -115,8 +117,9 @@ def test_every_name_that_is_offered_has_an_example_and_they_run(name):
 @pytest.mark.slow
 def test_the_wheel_holds_all_modules_and_sgsc_needs_torch_alone(tmp_path):
     source = tmp_path / "source"
-    shutil.copytree(ROOT / "sgsc_study", source / "sgsc_study", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "sgsc_lib.py", "sgsc_checks.py"):
+    for folder in ("sgsc_core", "sgsc_study"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "sgsc_lib.py"):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
     subprocess.run([*pip, tmp_path, source], check=True)

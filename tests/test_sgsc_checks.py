@@ -13,7 +13,7 @@ from inputs import CLASSES, Made, batch_norm, tied, toy
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sgsc_checks import check
+from sgsc_core.checks import check
 from sgsc_lib import SGSC, linear_rule, mlp, per_sample_gradients, per_sample_rule, sign_consistency
 
 

@@ -29,7 +29,7 @@ def test_its_import_loads_the_standard_library_and_torch_alone():
     script = "import sys, torch; before = set(sys.modules); import sgsc_lib; print(*set(sys.modules) - before)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     tops = {name.partition(".")[0] for name in loaded}
-    assert {"sgsc_lib", "sgsc_checks"} <= tops <= {"sgsc_lib", "sgsc_checks", "torch", *sys.stdlib_module_names}
+    assert {"sgsc_lib", "sgsc_core"} <= tops <= {"sgsc_lib", "sgsc_core", "torch", *sys.stdlib_module_names}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

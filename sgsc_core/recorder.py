@@ -1,0 +1,381 @@
+"""The hooks of SGSC: which calls of a model's modules made which parameter's gradient, and from which samples.
+
+A forward hook keeps a module's call; a hook on its output brings the error; a hook on each parameter tells when
+autograd has added to its gradient, and only then do the samples count. At the end of the first backward pass the sums
+over samples are compared with autograd's gradients.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from sgsc_core.calls import Call, RandomState, behind, exactly, tensors_in
+from sgsc_core.checks import is_training_pass, named, refuse_coupled, refuse_gradients, refuse_place, refuse_second_backward
+from sgsc_core.look import Axes, second_look
+from sgsc_core.plan import above, around, problems_of, ways
+from sgsc_core.rules import Rule
+from sgsc_core.sums import Summing, Sums
+
+
+@dataclass
+class Pass:
+    """One forward pass of a hooked model: its samples, whether they count by now (its backward pass has given a
+    parameter a gradient), whether it ran under autocast, and how often each module was called."""
+
+    rows: int
+    counted: bool = False
+    autocast: bool = False
+    calls: dict[str, int] = field(default_factory=dict)
+
+
+class Recorder:
+    """`sums` by parameter, over the samples since its gradient was cleared, and `samples(name)`."""
+
+    def __init__(
+        self, model: nn.Module, rules: Mapping[type, Rule], *, check: bool, active: bool, on_pass: Callable[[], None]
+    ) -> None:
+        self.model, self.on_pass, self.hooks = model, on_pass, []  # type: nn.Module, Callable[[], None], list[Any]
+        self.summing = Summing(rules, total=check, active=active)
+        self.current: Pass | None = None  # the forward pass under way, or the last one
+        self.running = False  # the model's own forward pass is under way
+        self.axes: dict[str, list[Axes]] = {}  # what the look at two samples found
+        self.looked = not check
+        self.unchecked = {name for name, _ in model.named_parameters()} if check else set()
+        self.open: set[int] = set()  # backward passes under way, by autograd's number
+        self.forget_calls()
+        self.start_statistic()
+        self.hook()
+
+    def start_statistic(self) -> None:
+        self.sums: dict[str, Sums] = {}
+        self.total = 0  # samples since
+        self.since: dict[str, int] = {}  # of them, those before a parameter's own statistic began
+        self.left: dict[str, tuple[Callable, int]] = {}  # each gradient as a backward pass left it, and its version
+        self.changed, self.gated = True, False
+
+    def samples(self, name: str) -> int:
+        return self.total - self.since.get(name, 0)
+
+    # -- setting the hooks, and planning which calls to keep -----------------------------------------------------------
+
+    def hook(self) -> None:
+        """Set all hooks, for the parameters as they are now."""
+        self.remove()
+        model, found = self.model, ways(self.model, self.summing.rules)
+        self.ways = {name: way for name, way in found.items() if way.parameter.requires_grad}
+        self.parameters = [(p, p.requires_grad) for p in model.parameters()]
+        self.hooks = [
+            model.register_forward_pre_hook(_Hook(self.on_model, model), prepend=True, with_kwargs=True),
+            model.register_forward_hook(_Hook(self.on_model_end, model), always_call=True),
+        ]
+        held = {path for way in self.ways.values() for owner in way.owners for path in above(owner.path)}
+        for path, module in model.named_modules():
+            if path in held:  # prepend=True: another hook may replace the output, and a rule needs the layer's own
+                before, after = _Hook(self.on_entry, module, path), _Hook(self.on_call, module, path)
+                self.hooks.append(module.register_forward_pre_hook(before))
+                self.hooks.append(module.register_forward_hook(after, prepend=True, with_kwargs=True))
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                self.hooks.append(module.register_forward_pre_hook(_Hook(self.on_batch_norm, module, path)))
+        for name, way in self.ways.items():
+            before_sum, after_sum = _of(self.on_gradient, name), _of(self.on_accumulated, name)
+            self.hooks.append(way.parameter.register_hook(before_sum))
+            self.hooks.append(way.parameter.register_post_accumulate_grad_hook(after_sum))
+        self.plan()
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+
+    def plan(self) -> None:
+        """Whose calls are kept: layers with rules, modules that run again, and all that an unchecked one may need."""
+        self.by_rule: dict[str, list[tuple[str, str]]] = {}  # path: [(key, parameter's name)]
+        self.again: dict[str, list[str]] = {}  # path: parameters' names
+        self.candidates: set[str] = set()
+        for name, way in self.ways.items():
+            if way.again is None:
+                for owner in way.owners:
+                    self.by_rule.setdefault(owner.path, []).append((owner.key, name))
+            else:
+                self.again.setdefault(way.again, []).append(name)
+            if name in self.unchecked:
+                self.candidates.update(around(self.model, way.owners))
+        self.summing.total = not self.unchecked.isdisjoint(self.ways)
+
+    # -- a forward pass ------------------------------------------------------------------------------------------------
+
+    def on_model(self, _: str, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not is_training_pass():
+            return
+        if [(id(p), p.requires_grad) for p in model.parameters()] != [(id(p), own) for p, own in self.parameters]:
+            if problems := problems_of(model, self.summing.rules):  # some were frozen, thawed, replaced
+                raise ValueError("\n".join(problems))
+            self.hook()
+        rows = _rows(args, kwargs)
+        self.forget_calls()
+        self.current, self.running = None, rows is not None  # else the first layer tells how many samples there are
+        if rows is not None:
+            self.start_pass(rows)
+            if not self.looked and rows > 1:
+                self.axes, self.looked = second_look(model, args, kwargs, rows), True
+
+    def on_model_end(self, *_: Any) -> None:
+        self.running = False
+
+    def on_batch_norm(self, path: str, module: nn.Module, *_: Any) -> None:
+        if is_training_pass():
+            refuse_coupled(path, module)
+
+    def on_entry(self, path: str, module: nn.Module, *_: Any) -> None:
+        if is_training_pass() and (path in self.again or path in self.candidates):
+            self.random[path] = RandomState(module)
+
+    def start_pass(self, rows: int) -> Pass:
+        self.on_pass()
+        self.current = Pass(rows)
+        return self.current
+
+    def forget_calls(self) -> None:
+        if torch._C._current_graph_task_id() == -1:
+            self.open.clear()  # of a backward pass that ended in an error
+        self.random: dict[str, RandomState] = {}  # before the calls under way
+        self.arrived: dict[str, list[Call]] = {}  # calls whose errors are there, by parameter
+        self.tried: dict[str, list[Call]] = {}  # the same of candidates, by path
+        self.fresh: list[str] = []  # parameters that this backward pass has given a gradient
+        self.given: dict[str, Tensor] = {}  # that gradient, of unchecked ones
+        self.began: set[int] = set()
+        self.misplaced: list[str] = []  # layers whose samples were not found
+
+    def on_call(self, path: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        own, again = self.by_rule.get(path, []), self.again.get(path, [])
+        if not (own or again or path in self.candidates) or not is_training_pass():
+            return
+        this = self.pass_of(path, args, kwargs)
+        call = Call(path, module, args, kwargs, output, this, self.random.pop(path, None))
+        call.names = {*(name for _, name in own), *again}
+        call.served = bool(call.names)
+        if looked := self.axes.get(path):
+            call.place(looked[min(this.calls.get(path, 0), len(looked) - 1)])
+        this.calls[path] = this.calls.get(path, 0) + 1
+        this.autocast |= call.autocast["enabled"]
+        if own and self.unchecked.isdisjoint(call.names) and not self.summing.is_placed(call, len(call.shapes)):
+            refuse_place(path, module, call.shapes[0], this.rows)
+        for k, leaf in enumerate(tensors_in(output)):
+            if leaf.requires_grad:
+                hooked = behind(leaf, call)
+                view = None if hooked is leaf else (leaf.shape, leaf.stride())
+                hooked.register_hook(lambda errors, k=k, view=view: self.on_errors(call, k, errors, view))
+
+    def pass_of(self, path: str, args: tuple, kwargs: dict) -> Pass:
+        """The pass that a call belongs to: the model's; where layers are called directly, that of other layers."""
+        in_backward = torch._C._current_graph_task_id() != -1  # activation checkpointing runs layers again
+        if self.current and (self.running or in_backward):
+            return self.current
+        if self.current is None or self.current.counted or path in self.current.calls:
+            if not self.running:
+                self.forget_calls()
+                if not self.looked:
+                    self.looked = True
+                    warnings.warn(
+                        "SGSC sees layers called without the model's own forward pass. So it takes their first axis "
+                        "for that of the samples and does not know whether these keep apart.",
+                        stacklevel=2,
+                    )
+            return self.start_pass(_rows(args, kwargs) or 0)
+        return self.current
+
+    # -- a backward pass: errors arrive at outputs, then autograd adds to the gradients of parameters ------------------
+
+    def on_errors(self, call: Call, k: int, errors: Tensor, view: tuple | None) -> None:
+        self.on_backward()
+        if call.released and not call.served:  # kept for the check alone
+            return
+        if k in call.errors or call.released:
+            refuse_second_backward(call.path)
+        errors = errors.detach()
+        call.errors[k] = errors if view is None else errors.contiguous().as_strided(*view)
+        if not call.arrived:
+            call.arrived = True
+            for name in call.names:
+                self.arrived.setdefault(name, []).append(call)
+            if call.path in self.candidates:
+                self.tried.setdefault(call.path, []).append(call)
+
+    def on_backward(self) -> int:
+        """Autograd's number of this backward pass, at whose end is looked at what the pass has left."""
+        task = torch._C._current_graph_task_id()
+        if task not in self.open:
+            if not self.open:
+                self.fresh, self.given, self.began = [], {}, set()
+            self.open.add(task)
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self.on_backward_end(task))
+        return task
+
+    def on_gradient(self, name: str, gradient: Tensor) -> None:
+        """Before autograd adds to the first parameter's gradient: is there a statistic to add to?"""
+        task = self.on_backward()
+        if task not in self.began:
+            self.began.add(task)
+            cleared = [name for name in self.sums if self.is_cleared(name)]
+            if self.gated or len(cleared) == len(self.sums):
+                self.start_statistic()
+            for old in cleared:
+                self.sums.pop(old, None)
+                self.since[old] = self.total
+        if name in self.unchecked:
+            self.given[name] = gradient.detach()
+
+    def is_cleared(self, name: str) -> bool:
+        """Whether a gradient was cleared since: it is None, or it was changed to zeros."""
+        grad = self.ways[name].parameter.grad if name in self.ways else None
+        if grad is None:
+            return True
+        kept, version = self.left.get(name, (lambda: None, 0))
+        return (kept() is not grad or grad._version != version) and not grad.any()
+
+    def on_accumulated(self, name: str, p: nn.Parameter) -> None:
+        self.fresh.append(name)
+        if p.grad is not None:
+            self.left[name] = weakref.ref(p.grad), p.grad._version
+        if self.ways[name].again is None and (calls := self.arrived.pop(name, [])):
+            with exactly(p):
+                self.add(name, calls, self.of_rules(name, calls))
+
+    def of_rules(self, name: str, calls: list[Call]) -> Sums | None:
+        if not calls[0].rows:
+            return None  # an empty shard
+        if lost := [call for call in calls if not self.summing.is_placed(call, len(call.shapes))]:
+            where, shape = named(lost[0].path, lost[0].module), tuple(lost[0].shapes[0])
+            self.misplaced.append(f"{where} gives {shape}, where no axis holds the {lost[0].rows} samples")
+            return None  # so that the check looks for another way
+        uses = [(call, key) for call in calls for key, own in self.by_rule[call.path] if own == name]
+        if len(uses) > 1:
+            return self.summing.of_uses(uses)
+        call, key = uses[0]
+        if call.found is None:
+            call.found = self.summing.of_layer(call)
+        return call.found.pop(key)
+
+    def of_module(self, path: str, calls: list[Call], names: list[str]) -> dict[str, Sums]:
+        if not calls[0].rows:
+            return {}
+        inside = {p: key for key, p in self.model.get_submodule(path).named_parameters()}
+        keys = {inside[self.ways[name].parameter]: name for name in names}
+        found = self.summing.of_module(calls, {key: self.ways[name].parameter for key, name in keys.items()})
+        return {keys[key]: sums for key, sums in found.items()}
+
+    def add(self, name: str, calls: list[Call], found: Sums | None) -> None:
+        if len({id(call.this) for call in calls}) > 1:
+            refuse_second_backward(calls[0].path)
+        this = calls[0].this
+        if not this.counted:
+            this.counted = True
+            self.total += this.rows
+        self.changed = True
+        if found is not None:
+            self.sums[name] = found + self.sums.get(name)
+        for call in calls:
+            call.names.discard(name)
+            if not call.names and call.path not in self.candidates:
+                call.release()
+
+    def on_backward_end(self, task: int) -> None:
+        with exactly(*(self.ways[name].parameter for name in self.fresh[:1])):
+            for path, names in self.again.items():
+                if wanted := [name for name in names if name in self.fresh and name in self.arrived]:
+                    calls = self.arrived[wanted[0]]
+                    found = self.of_module(path, calls, wanted)
+                    for name in wanted:
+                        self.add(name, self.arrived.pop(name), found.get(name))
+            self.check()
+        self.open.discard(task)
+        if not self.open:
+            for call in (call for calls in self.tried.values() for call in calls):
+                call.release()
+            self.forget_calls()
+
+    # -- the first batch: is Σ_i g_i what autograd says? ---------------------------------------------------------------
+
+    def check(self) -> None:
+        """Compare Σ_i g_i with the gradient of autograd; where they differ, find the module that holds all uses."""
+        given = {name: self.given[name] for name in self.fresh if name in self.given and name in self.unchecked}
+        given = {name: g for name, g in given.items() if g.isfinite().all()}  # else a scaler looks for its scale
+        if not given or (self.current is not None and not self.current.rows):
+            return
+        largest = max(float(g.abs().max()) if g.numel() else 0.0 for g in given.values())
+        wrong = {name for name, g in given.items() if not self.agrees(self.sums.get(name), g, largest)}
+        reasons: list[str] = []
+        for path in sorted(self.tried, key=len, reverse=True) if wrong else ():  # from the inside out
+            held = [name for name in sorted(wrong) if path in around(self.model, self.ways[name].owners)]
+            calls = self.tried[path]
+            if not held or len({id(call.this) for call in calls}) > 1:
+                continue
+            try:
+                found = self.of_module(path, calls, held)
+            except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
+                reasons.append(f"{type(error).__name__}: {error}")
+                continue
+            for name in held:
+                if name in found and self.agrees(found[name], given[name], largest, calls[0].rows):
+                    self.ways[name] = self.ways[name]._replace(again=path)
+                    self.sums.pop(name, None)
+                    self.add(name, calls, found[name])
+                    wrong.discard(name)
+        if wrong and not self.tried:
+            return  # no hook ran, as in a model that was compiled before: there is no statistic
+        if wrong:
+            self.start_statistic()
+            refuse_gradients(wrong, [*self.misplaced, *reasons])
+        self.unchecked.difference_update(given)
+        self.plan()
+
+    def agrees(self, found: Sums | None, given: Tensor, largest: float, rows: int = 1) -> bool:
+        """Whether Σ_i g_i is the gradient, but for rounding. A loss that is made inside may be a sum, where a mean is
+        taken for granted: `rows` times as much."""
+        if found is None or found.total is None or not given.numel():
+            return not given.any()
+        precise = {torch.float64: 1e-7, torch.float32: 1e-3}.get(given.dtype, 5e-2)
+        precise = 5e-2 if self.current and self.current.autocast else precise
+        allowed = precise * float(given.abs().max()) + 100 * torch.finfo(given.dtype).eps * largest
+        return any(float((found.total * factor - given).abs().max()) <= allowed for factor in {1, rows})
+
+
+def _rows(args: tuple, kwargs: dict) -> int | None:
+    """How many samples a call has, by its first tensor that is no number; None where it has no tensor."""
+    return next((len(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim), None)
+
+
+def _of(function: Callable, name: str) -> Callable:
+    return lambda tensor: function(name, tensor)
+
+
+class _Hook:
+    """A hook on one module. A copy of the model does not report to SGSC, nor does one that was saved and loaded."""
+
+    def __init__(self, function: Callable, module: nn.Module, path: str = "") -> None:
+        self.function, self.module, self.path = torch.compiler.disable(function), module, path
+
+    def __call__(self, called: nn.Module, *rest: Any) -> None:
+        if called is self.module:
+            self.function(self.path, called, *rest)
+
+    def __deepcopy__(self, _: dict) -> _Hook:
+        return self
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return _Gone, ()
+
+
+class _Gone:
+    """What is left of a hook in a model that was saved and loaded."""
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        pass

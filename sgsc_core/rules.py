@@ -1,0 +1,282 @@
+"""Rules: the gradients of single samples for one kind of layer, from its input and the error at its output.
+
+A rule is a function (module, inputs, errors) -> {parameter's key: every sample's own gradient}, for a part of the
+batch. `inputs` A is [b, ...], a tuple of such where the layer takes several tensors; `errors` Δ, the gradient at its
+output, is [b, ...]. A gradient is a tensor [b, *shape], or stands for one: `Outer` and `Rows` are never built whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sgsc_core.definition import factored_sums, statistic_dtype
+
+CHUNK_ENTRIES = 2**19  # of per-sample gradients held at once, but for one sample's: 2 MiB stay in a core's cache
+
+
+class Outer(NamedTuple):
+    """Per-sample gradients δ_i a_iᵀ, [b, out, in], as their factors."""
+
+    errors: Tensor  # [b, out]
+    inputs: Tensor  # [b, in]
+
+    def sums(self, f: Callable[[Tensor], Tensor]) -> Tensor:
+        return factored_sums(self.inputs, self.errors, f)[0]
+
+    def build(self) -> Tensor:
+        return self.errors.unsqueeze(2) * self.inputs.unsqueeze(1)
+
+
+class Rows(NamedTuple):
+    """Per-sample gradients [b, rows, D] that are zero but in some rows, each (sample, row) pair once."""
+
+    samples: Tensor  # [Q]
+    rows: Tensor  # [Q]
+    values: Tensor  # [Q, D]
+    shape: tuple[int, int, int]  # b, rows, D
+
+    def sums(self, f: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.values.new_zeros(self.shape[1:], dtype=statistic_dtype(self.values)).index_add_(
+            0, self.rows, f(self.values).to(statistic_dtype(self.values))
+        )
+
+    def build(self) -> Tensor:
+        return self.values.new_zeros(self.shape).index_put_((self.samples, self.rows), self.values)
+
+
+PerSample = Tensor | Outer | Rows
+Rule = Callable[[Any, Any, Tensor], Mapping[str, PerSample]]
+
+
+def sums_of(gradients: PerSample, f: Callable[[Tensor], Tensor] = torch.sign) -> Tensor:
+    """Σ_i f(g_i), [*shape], for f with f(xy) = f(x) f(y); in float64 for float64 gradients, in float32 otherwise."""
+    if isinstance(gradients, Outer):
+        return Outer(*(f(t).to(statistic_dtype(t)) for t in gradients)).sums(lambda t: t)
+    if isinstance(gradients, Rows):
+        return gradients.sums(f)
+    return f(gradients).sum(0, dtype=statistic_dtype(gradients))
+
+
+def built(gradients: PerSample) -> Tensor:
+    """Every sample's own gradient as one tensor, [b, *shape]."""
+    return gradients if isinstance(gradients, Tensor) else gradients.build()
+
+
+def holds(entries: Callable[[Any, Any], int]) -> Callable[[Rule], Rule]:
+    """Say how many entries a rule builds for one sample, from (module, inputs): the batch is cut by that number.
+
+    A rule that does not say is taken to build all entries of its module's own parameters.
+    """
+
+    def mark(rule: Any) -> Rule:
+        rule.entries = entries
+        return rule
+
+    return mark
+
+
+def parts(rule: Any, module: nn.Module, inputs: Any, errors: Tensor) -> Iterator[slice]:
+    """Cut a batch so that neither the gradients that a rule builds nor the activations exceed CHUNK_ENTRIES."""
+    own = sum(p.numel() for p in module.parameters(recurse=False))
+    entries = getattr(rule, "entries", lambda *_: own)(module, inputs)
+    n = len(errors)
+    size = max(1, CHUNK_ENTRIES // max(entries, errors[:1].numel())) if entries else max(1, n)
+    return (slice(start, start + size) for start in range(0, n, size))
+
+
+def _vectors(inputs: Tensor) -> bool:
+    return inputs[:1].numel() == inputs.shape[-1]  # one outer product a sample
+
+
+def _steps(tensor: Tensor, last: int = 1) -> Tensor:
+    """[b, ..., *shape] -> [b, T, *shape], where `shape` has `last` axes."""
+    return tensor.reshape(len(tensor), -1, *tensor.shape[tensor.ndim - last :])
+
+
+# -- layers that multiply by a matrix ----------------------------------------------------------------------------------
+
+
+@holds(lambda module, inputs: 0 if _vectors(inputs) else module.weight.numel())
+def linear_rule(module: nn.Linear, inputs: Tensor, errors: Tensor) -> Mapping[str, PerSample]:
+    """`nn.Linear`: factors on [b, in]. On [b, ..., in] a sample's gradient is a sum of outer products, whose sign does
+    not factor: it is built.
+
+    >>> a, delta = torch.tensor([[1.0, -2.0], [3.0, 0.0]]), torch.tensor([[0.5], [0.1]])
+    >>> sums_of(linear_rule(nn.Linear(2, 1), a, delta)["weight"])
+    tensor([[ 2., -1.]])
+    """
+    if _vectors(inputs):
+        a, delta = inputs.reshape(len(inputs), -1), errors.reshape(len(errors), -1)
+        return {"weight": Outer(delta, a.to(delta.dtype)), "bias": delta}
+    a, delta = _steps(inputs), _steps(errors)  # [b, T, in], [b, T, out]
+    return {"weight": delta.mT @ a.to(delta.dtype), "bias": delta.sum(1)}
+
+
+@holds(lambda module, inputs: 0 if _vectors(inputs) else module.weight.numel())
+def transposed_linear_rule(module: Any, inputs: Tensor, errors: Tensor) -> Mapping[str, PerSample]:
+    """`Conv1D` of the package transformers: a Linear layer whose weight is [in, out]."""
+    found = linear_rule(module, inputs, errors)
+    weight = found["weight"]
+    return {"weight": Outer(weight.inputs, weight.errors) if isinstance(weight, Outer) else weight.mT,
+            "bias": found["bias"]}  # fmt: skip
+
+
+def bilinear_rule(module: nn.Bilinear, inputs: tuple[Tensor, Tensor], errors: Tensor) -> Mapping[str, PerSample]:
+    """`nn.Bilinear`, on two tensors [b, ..., in]."""
+    left, right, delta = (_steps(t) for t in (*inputs, errors))
+    return {"weight": torch.einsum("bto,bti,btj->boij", delta, left, right), "bias": delta.sum(1)}
+
+
+def _held_by_convolution(module: Any, inputs: Tensor) -> int:
+    positions = inputs[0, 0].numel()  # about as many as at the output of a convolution with stride 1
+    return max(module.weight.numel(), module.in_channels * math.prod(module.kernel_size) * positions)
+
+
+@holds(_held_by_convolution)
+def convolution_rule(module: Any, inputs: Tensor, errors: Tensor) -> Mapping[str, PerSample]:
+    """`nn.Conv1d` to `nn.Conv3d`: a Linear layer on the patches of its input, so that a sample's gradient is one
+    product of its errors [out, L] and its patches [L, in · kernel], a group at a time.
+
+    >>> a, delta = torch.tensor([[[1.0, 2.0, -5.0]]]), torch.tensor([[[1.0, 1.0]]])
+    >>> convolution_rule(nn.Conv1d(1, 1, kernel_size=2), a, delta)["weight"]  # 1 + 2 and 2 - 5
+    tensor([[[[ 3., -3.]]]])
+    """
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padded = F.pad(inputs.to(errors.dtype), module._reversed_padding_repeated_twice, mode=mode)
+    return {"weight": _patch_products(module, padded, errors), "bias": errors.flatten(2).sum(2)}
+
+
+@holds(_held_by_convolution)
+def transposed_convolution_rule(module: Any, inputs: Tensor, errors: Tensor) -> Mapping[str, PerSample]:
+    """`nn.ConvTranspose1d` to `nn.ConvTranspose3d`: a convolution with input and output exchanged."""
+    padding = [side for one in reversed(module.padding) for side in (one, one)]
+    products = _patch_products(module, F.pad(errors, padding), inputs.to(errors.dtype))
+    return {"weight": products, "bias": errors.flatten(2).sum(2)}
+
+
+def _patch_products(module: Any, image: Tensor, positions: Tensor) -> Tensor:
+    """Σ over positions l of positions[:, o, l] · (the patch of the image at l)[c, k]: [b, *weight.shape]."""
+    weight, groups, n = module.weight, module.groups, image.ndim - 2
+    out, (batch, channel, *axes) = positions.shape[2:], image.contiguous().stride()
+    steps = [axis * d for axis, d in zip(axes, module.dilation, strict=True)]
+    strides = [axis * s for axis, s in zip(axes, module.stride, strict=True)]
+    size = (len(image), groups, image.shape[1] // groups, *module.kernel_size, *out)
+    patches = image.contiguous().as_strided(size, (batch, channel * size[2], channel, *steps, *strides))
+    patches = patches.flatten(3 + n).flatten(2, 2 + n)  # [b, groups, in · kernel, L]
+    return (positions.flatten(2).unflatten(1, (groups, -1)) @ patches.mT).view(len(image), *weight.shape)
+
+
+# -- layers that look up rows ------------------------------------------------------------------------------------------
+
+
+def _rows(module: Any, tokens: Tensor, errors: Tensor) -> Rows:
+    """The errors of one token in one sample add up before a sign is taken: tokens [b, T], errors [b, T, D]."""
+    n = module.num_embeddings
+    samples = torch.arange(len(tokens), device=tokens.device).unsqueeze(1)
+    pairs, where = (samples * n + tokens).unique(return_inverse=True)  # [Q], [b, T]
+    values = errors.new_zeros(len(pairs), errors.shape[-1]).index_add_(0, where.flatten(), errors.flatten(0, 1))
+    if module.padding_idx is not None:
+        values[pairs % n == module.padding_idx] = 0
+    return Rows(pairs // n, pairs % n, values, (len(tokens), n, errors.shape[-1]))
+
+
+@holds(lambda *_: 0)
+def embedding_rule(module: nn.Embedding, inputs: Tensor, errors: Tensor) -> Mapping[str, PerSample]:
+    """`nn.Embedding`: one row for each distinct (sample, token) pair, never b × the vocabulary.
+
+    >>> tokens, delta = torch.tensor([[0, 2], [0, 0]]), torch.tensor([[[1.0], [1.0]], [[1.0], [-3.0]]])
+    >>> sums_of(embedding_rule(nn.Embedding(3, 1), tokens, delta)["weight"]).flatten()
+    tensor([0., 0., 1.])
+    """
+    return {"weight": _rows(module, inputs.reshape(len(inputs), -1), _steps(errors))}
+
+
+@holds(lambda *_: 0)
+def embedding_bag_rule(module: nn.EmbeddingBag, inputs: Tensor, errors: Tensor) -> Mapping[str, PerSample]:
+    """`nn.EmbeddingBag` that sums or averages bags of one length, [b, T]."""
+    kept = torch.ones_like(inputs) if module.padding_idx is None else inputs != module.padding_idx  # [b, T]
+    if module.mode == "mean":
+        errors = errors / kept.sum(1, keepdim=True).clamp(min=1)
+    return {"weight": _rows(module, inputs, errors.unsqueeze(1).expand(-1, inputs.shape[1], -1))}
+
+
+# -- layers that scale what they normalised, or a part of it -----------------------------------------------------------
+
+
+def layer_norm_rule(module: Any, inputs: Tensor, errors: Tensor) -> Mapping[str, PerSample]:
+    """`nn.LayerNorm` and `nn.RMSNorm`.
+
+    >>> layer_norm_rule(nn.LayerNorm(2), torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 2.0]]))["bias"]
+    tensor([[1., 2.]])
+    """
+    normalise = F.rms_norm if isinstance(module, nn.RMSNorm) else F.layer_norm
+    scaled = normalise(inputs.to(errors.dtype), module.normalized_shape, eps=module.eps) * errors
+    axes = len(module.normalized_shape)
+    return {"weight": _steps(scaled, axes).sum(1), "bias": _steps(errors, axes).sum(1)}
+
+
+def channel_norm_rule(module: Any, inputs: Tensor, errors: Tensor) -> Mapping[str, PerSample]:
+    """`nn.GroupNorm`, `nn.InstanceNorm1d` to `3d`, and `nn.BatchNorm1d` to `3d` in eval mode, on [b, channels, ...]."""
+    a = inputs.to(errors.dtype)
+    if isinstance(module, nn.GroupNorm):
+        normalised = F.group_norm(a, module.num_groups, eps=module.eps)
+    else:  # by the input's own statistics, or by those that are kept
+        own = isinstance(module, nn.modules.instancenorm._InstanceNorm) and (
+            module.training or not module.track_running_stats
+        )
+        kept = (None, None) if own else (module.running_mean.to(a.dtype), module.running_var.to(a.dtype))
+        normalised = F.instance_norm(a, eps=module.eps) if own else F.batch_norm(a, *kept, eps=module.eps)
+    scaled = (normalised * errors).reshape(*a.shape[:2], -1)
+    return {"weight": scaled.sum(2), "bias": errors.reshape(scaled.shape).sum(2)}
+
+
+def prelu_rule(module: nn.PReLU, inputs: Tensor, errors: Tensor) -> Mapping[str, PerSample]:
+    """`nn.PReLU`, with one slope or one a channel."""
+    slopes = torch.where(inputs < 0, inputs.to(errors.dtype) * errors, 0.0)
+    channels = slopes.shape[1] if slopes.ndim > 1 else 1
+    by_channel = slopes.reshape(len(slopes), channels, -1).sum(2)
+    return {"weight": by_channel if module.num_parameters > 1 else by_channel.sum(1, keepdim=True)}
+
+
+RULES: dict[type, Rule] = {
+    nn.Linear: linear_rule,
+    nn.Bilinear: bilinear_rule,
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), convolution_rule),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), transposed_convolution_rule),
+    nn.Embedding: embedding_rule,
+    nn.EmbeddingBag: embedding_bag_rule,
+    **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), layer_norm_rule),
+    **dict.fromkeys((nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), channel_norm_rule),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), channel_norm_rule),  # in eval mode only
+    nn.PReLU: prelu_rule,
+}
+
+
+def per_sample_rule(module: nn.Module, inputs: Any, errors: Tensor) -> Mapping[str, PerSample]:
+    """For a layer of one's own that maps one tensor to one tensor, sample by sample: its own per-sample gradients, by
+    vmap. `SGSC.rules[MyLayer] = per_sample_rule` says that the parameters are used in the layer alone. SGSC finds that
+    out by itself where it checks the first batch, and recomputes the smallest module that holds.
+
+    >>> per_sample_rule(nn.LayerNorm(2), torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 1.0]]))["weight"]
+    tensor([[-1.0000,  1.0000]])
+    """
+    parameters = {name: p.detach() for name, p in module.named_parameters(recurse=False) if p.requires_grad}
+    rest = {name: p.detach() for name, p in module.named_parameters() if name not in parameters}
+    rest |= dict(module.named_buffers())
+    dtype = next(iter(parameters.values())).dtype
+    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+    # under autocast a layer casts its input itself; here it is off
+    tensors = tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
+
+    def inner_product(parameters: dict[str, Tensor], delta: Tensor, *of_sample: Tensor) -> Tensor:
+        output = torch.func.functional_call(module, parameters | rest, tuple(t.unsqueeze(0) for t in of_sample))
+        return (output * delta).sum()  # its gradient is the layer's vector-Jacobian product with δ_i
+
+    in_dims = (None, 0, *[0] * len(tensors))
+    return torch.func.vmap(torch.func.grad(inner_product), in_dims, randomness="error")(parameters, errors, *tensors)

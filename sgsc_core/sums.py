@@ -1,0 +1,156 @@
+"""Σ_i sign(g_i) of a parameter, from the calls that used it: by the rules of its layers, or by running a module again.
+
+Where a parameter was used several times, by one layer or by several that share it, a sample's gradient is the sum over
+the uses, and its sign is taken after that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgsc_core.calls import Call, in_front, recomputed
+from sgsc_core.checks import refuse_answer, refuse_overwritten
+from sgsc_core.plan import rule_of
+from sgsc_core.rules import (
+    CHUNK_ENTRIES,
+    PerSample,
+    Rule,
+    built,
+    convolution_rule,
+    embedding_rule,
+    layer_norm_rule,
+    linear_rule,
+    parts,
+    sums_of,
+    transposed_convolution_rule,
+    transposed_linear_rule,
+)
+
+# Rules that act on each position by itself, so that positions may stand anywhere between the first and the last axis.
+POSITIONWISE = (linear_rule, transposed_linear_rule, layer_norm_rule, embedding_rule)
+
+
+@dataclass
+class Sums:
+    """Of a parameter, over samples: Σ sign g_i; Σ g_i while it is checked; the number of g_i ≠ 0 where it counts."""
+
+    sign: Tensor
+    total: Tensor | None
+    active: Tensor | None
+
+    def __add__(self, other: Sums | None) -> Sums:
+        if other is None:
+            return self
+        pairs = ((self.sign, other.sign), (self.total, other.total), (self.active, other.active))
+        return Sums(*(None if a is None or b is None else a + b for a, b in pairs))
+
+
+@dataclass
+class Summing:
+    """How per-sample gradients are summed: with their total while something is unchecked, with a count where asked."""
+
+    rules: Mapping[type, Rule]
+    total: bool
+    active: bool
+
+    def __call__(self, gradients: PerSample) -> Sums:
+        total = sums_of(gradients, lambda t: t) if self.total else None
+        active = sums_of(gradients, lambda t: t.ne(0).to(t.dtype)).sum(dtype=torch.float64) if self.active else None
+        return Sums(sums_of(gradients), total, active)
+
+    # -- by rules ------------------------------------------------------------------------------------------------------
+
+    def of_layer(self, call: Call) -> dict[str, Sums]:
+        """Of all parameters of a layer that was called once, by key."""
+        rule, total = self._rule(call), {}
+        operands = self._operands(call)
+        for part in _cut(rule, call, operands):
+            for key, gradients in _answer(rule, call, operands, part).items():
+                if call.module._parameters.get(key) is not None:
+                    total[key] = self(gradients) + total.get(key)
+        return total
+
+    def of_uses(self, uses: Sequence[tuple[Call, str]]) -> Sums | None:
+        """Of one parameter, from the calls that used it and its key there."""
+        rules = [self._rule(call) for call, _ in uses]
+        operands = [self._operands(call) for call, _ in uses]
+        cuts = [_cut(rule, call, own) for rule, (call, _), own in zip(rules, uses, operands, strict=True)]
+        size, total = min(part.stop - part.start for cut in cuts for part in cut), None
+        for start in range(0, uses[0][0].rows, size):
+            part = slice(start, start + size)
+            gradients = [built(_answer(rule, call, own, part)[key])
+                         for rule, (call, key), own in zip(rules, uses, operands, strict=True)]  # fmt: skip
+            total = self(sum(gradients[1:], gradients[0])) + total
+        return total
+
+    def is_placed(self, call: Call, outputs: int = 1) -> bool:
+        """Whether a rule can tell a call's samples apart: at input and output they lie along one axis, in front."""
+        tensors, rule = call.tensors(), self._rule(call)
+        if call.overwritten():
+            refuse_overwritten(call.path, call.module)
+        axes = [call.axes[k] for k in tensors]
+        if outputs != 1 or not axes or None in axes or call.output_axes != axes[:1]:
+            return False
+        weight, dims = getattr(call.module, "weight", None), len(call.shapes[0])
+        if dims < 2 or (rule in (convolution_rule, transposed_convolution_rule) and dims != weight.ndim):
+            return False  # one sample without an axis for it
+        return rule in POSITIONWISE or not any(axis and axis.dim for axis in axes)
+
+    def _rule(self, call: Call) -> Any:
+        return rule_of(call.module, self.rules)
+
+    def _operands(self, call: Call) -> tuple[Any, Tensor, int]:
+        """A rule's inputs and errors, [B · fold, ...], and the fold: 1 where positions may follow the samples."""
+        axis: Any = call.output_axes[0]
+        found = [in_front(call.leaves[k], call.axes[k] or axis) for k in call.tensors()]
+        inputs: Any = found[0] if len(found) == 1 else tuple(found)
+        errors = in_front(call.errors[0], axis)
+        if axis.fold > 1 and self._rule(call) in POSITIONWISE:
+            return inputs.unflatten(0, (-1, axis.fold)), errors.unflatten(0, (-1, axis.fold)), 1
+        return inputs, errors, axis.fold
+
+    # -- by running a module again -------------------------------------------------------------------------------------
+
+    def of_module(self, calls: Sequence[Call], parameters: Mapping[str, nn.Parameter]) -> dict[str, Sums]:
+        """Of parameters of a module, by their names in it, from its calls in a pass."""
+        if any(call.overwritten() for call in calls):
+            refuse_overwritten(calls[0].path, calls[0].module)
+        streams = [(found for _, found in recomputed(call, parameters, CHUNK_ENTRIES)) for call in calls]
+        if len(calls) > 1:  # their parts may differ in size, so that whole batches are added up
+            streams = [iter([_added(streams)])]
+        total: dict[str, Sums] = {}
+        for found in streams[0]:
+            for key, gradients in found.items():
+                total[key] = self(gradients) + total.get(key)
+        return total
+
+
+def _cut(rule: Any, call: Call, operands: tuple[Any, Tensor, int]) -> list[slice]:
+    """Parts of the batch, in samples."""
+    inputs, errors, fold = operands
+    size = max(1, next(parts(rule, call.module, inputs, errors)).stop // fold)
+    return [slice(start, start + size) for start in range(0, call.rows, size)]
+
+
+def _answer(rule: Any, call: Call, operands: tuple[Any, Tensor, int], part: slice) -> Mapping[str, PerSample]:
+    """A rule's per-sample gradients of a part of the batch."""
+    inputs, errors, fold = operands
+    rows = slice(part.start * fold, part.stop * fold)
+    inputs = tuple(t[rows] for t in inputs) if isinstance(inputs, tuple) else inputs[rows]
+    found = rule(call.module, inputs, errors[rows])
+    refuse_answer(call.path, call.module, found, len(errors[rows]))
+    return found if fold == 1 else {key: built(g).unflatten(0, (-1, fold)).sum(1) for key, g in found.items()}
+
+
+def _added(streams: Sequence[Iterator[dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """The per-sample gradients of several calls of a module, added up, of the whole batch."""
+    whole = []
+    for stream in streams:
+        found = list(stream)
+        whole.append({key: torch.cat([each[key] for each in found]) for key in found[0]})
+    return {key: sum((each[key] for each in whole[1:]), whole[0][key]) for key in whole[0]}
