@@ -126,19 +126,25 @@ def refusal(name: str) -> dict[str, str]:
     raise AssertionError("It should be refused as it is, and was served.")
 
 
-def served(model: nn.Module) -> str:
-    """How many parameters each rule serves."""
-    rules = Counter(row.rule for row in SGSC.explain(model) if row.rule != "frozen")
-    short = Counter()
-    for rule, count in rules.items():
-        short[rule.partition(" in ")[0].removesuffix("_rule").replace("_", " ")] += count
-    return ", ".join(f"{rule} {count}" for rule, count in short.most_common())
-
-
-def compare(name: str) -> dict[str, int]:
+def compare(name: str) -> dict[str, Any]:
+    """How many entries of c differ from a loop over samples, and how many parameters are served in which way."""
     case = precise(ready(name))
-    found = check_consistency(case.model, case.x, case.y, case.loss_fn)
-    return {"entries": sum(row.entries for row in found), "differing": sum(row.differing for row in found)}
+    rows = check_consistency(case.model, case.x, case.y, case.loss_fn)
+    names = {"_rule": "", "_": " ", ", ": " + "}
+    ways = Counter()
+    for row in rows:
+        way = row.served_by.partition(" in ")[0]
+        for old, new in names.items():
+            way = way.replace(old, new)
+        ways[way] += 1
+    whole = sum(row.served_by.startswith("recomputed in 'model' ") for row in rows)
+    served = ", ".join(f"{way} {count}" for way, count in ways.most_common())
+    served += f" ({whole} of these in the whole model)" if whole else ""
+    return {
+        "served": served,
+        "entries": sum(row.entries for row in rows),
+        "differing": sum(row.differing for row in rows),
+    }
 
 
 def with_dropout(name: str) -> dict[str, Any]:
@@ -194,7 +200,7 @@ def costs(name: str) -> dict[str, Any]:
     passes = {"plain": plain(ready(name))}
     seconds(passes["plain"])
     passes["sgsc"] = with_sgsc(ready(name))
-    row["first"] = seconds(passes["sgsc"]) / seconds(passes["plain"])  # SGSC checks itself on its first batch
+    first = seconds(passes["sgsc"])  # on which SGSC checks itself
     vmap = with_vmap(ready(name))
     with suppress(RuntimeError):  # an operation without a batching rule, or control flow that depends on data
         vmap()
@@ -204,10 +210,11 @@ def costs(name: str) -> dict[str, Any]:
     while len(taken["plain"]) < least or (len(taken["plain"]) < most and time.perf_counter() - start < SECONDS):
         for way, once in passes.items():
             taken[way].append(seconds(once))
-    row |= {"rounds": len(taken["plain"]), "milliseconds": 1e3 * median_interval(taken["plain"])[0]}
+    floor = median_interval(taken["plain"])[0]
+    row |= {"rounds": len(taken["plain"]), "milliseconds": 1e3 * floor, "first": first / floor}
     held = {way: peak(once) for way, once in passes.items()}
     for way in list(passes)[1:]:
-        ratios = [own / floor for own, floor in zip(taken[way], taken["plain"], strict=True)]
+        ratios = [own / other for own, other in zip(taken[way], taken["plain"], strict=True)]
         columns = (f"{way}_time", f"{way}_time_low", f"{way}_time_high")
         row |= dict(zip(columns, median_interval(ratios), strict=True))
         row[f"{way}_memory"] = held[way] / held["plain"]
@@ -216,10 +223,8 @@ def costs(name: str) -> dict[str, Any]:
 
 def measure(name: str) -> dict[str, Any]:
     library, _, architecture = name.partition(": ")
-    case = ready(name)
-    row = {"library": library, "architecture": architecture, "batch_size": len(case.y)} | refusal(name)
-    row["served"] = served(case.model)
-    return row | compare(name) | with_dropout(name) | costs(name)
+    row = {"library": library, "architecture": architecture, "batch_size": len(build(name).y)}
+    return row | refusal(name) | compare(name) | with_dropout(name) | costs(name)
 
 
 # ---- The page --------------------------------------------------------------------------------------------------------

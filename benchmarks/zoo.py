@@ -343,7 +343,9 @@ def _(dropout: float) -> Case:
 
 @entry("transformers: albert, one layer used twice")
 def _(dropout: float) -> Case:
-    config = hf.AlbertConfig(**WIDTHS, **LENGTHS, embedding_size=16, **bert_rates(dropout))
+    config = hf.AlbertConfig(
+        **WIDTHS, **LENGTHS, embedding_size=16, classifier_dropout_prob=dropout, **bert_rates(dropout)
+    )
     return classified(hf.AlbertForSequenceClassification(config))
 
 

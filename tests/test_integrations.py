@@ -19,28 +19,24 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8")
 BATCH, BATCHES, FOUR = 8, 8, 4  # the snippets that accumulate do so over four batches
 
 
-class WithLoss(nn.Module):
-    """What the Trainer trains: called by keywords, it returns its loss in a dict."""
+def gpt2() -> nn.Module:
+    """What the Trainer trains: with tied embeddings, dropout, and its loss made inside."""
+    import transformers
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.network = mlp((40, 16, 10), seed=0)
-
-    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        logits = self.network(x)
-        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+    sizes = {"vocab_size": 20, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
 
 
 def names(source: str, folder: Path) -> dict[str, object]:
     """What a snippet takes as given."""
     torch.manual_seed(0)
-    x = torch.randn(BATCH * BATCHES, 40)
+    x, tokens = torch.randn(BATCH * BATCHES, 40), torch.randint(20, (BATCH * BATCHES, 12))
     y = x[:, :10].argmax(1)
-    model = WithLoss() if "transformers" in source else mlp((40, 16, 10), seed=0)
+    model = gpt2() if "transformers" in source else mlp((40, 16, 10), seed=0)
     return {
         "model": model,
         "loader": torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), BATCH),
-        "dataset": [{"x": x_i, "labels": y_i} for x_i, y_i in zip(x, y, strict=True)],
+        "dataset": [{"input_ids": row, "labels": row} for row in tokens],
         "loss_fn": nn.functional.cross_entropy,
         "optimizer": torch.optim.Adam(model.parameters(), lr=0.01),
         "folder": str(folder),
@@ -83,7 +79,7 @@ def test_a_snippet_of_the_docs_trains_and_gates_and_clips_in_the_order_that_the_
     own = f"gate {samples}" if "scale_gradients_" in source else f"update {samples}"
     inside = "scale_gradients_" in source or "optimizer_step(self, epoch" in source  # Lightning clips within its step
     assert events == ([own, "clip"] if inside else ["clip", own]) * steps
-    assert all((p != was).any() for p, was in zip(model.parameters(), before, strict=True))
+    assert all((p != was).any() for p, was in zip(model.parameters(), before, strict=True))  # each was trained
 
 
 def test_the_distributed_script_of_the_docs_counts_the_samples_of_all_processes(tmp_path):
