@@ -235,10 +235,10 @@ def measure(name: str) -> dict[str, Any]:
 def page(frame: pd.DataFrame) -> str:
     refused = frame.way_out.notna()
     medians = {column: frame[column].median() for column in ("sgsc_time", "sgsc_memory", "vmap_time", "vmap_memory")}
-    without = int(frame.vmap_time.isna().sum())
+    without, as_they_are = int(frame.vmap_time.isna().sum()), len(frame) - refused.sum()
     sentences = (
-        f"SGSC serves {len(frame) - refused.sum()} of {len(frame)} architectures as they are, and {refused.sum()} after "
-        f"the way out that its refusal names. c differs in {frame.differing.sum()} of {frame.entries.sum():,} entries; "
+        f"SGSC serves {as_they_are} of {len(frame)} architectures as they are, and {refused.sum()} after the way out "
+        f"that its refusal names. c differs in {frame.differing.sum()} of {frame.entries.sum():,} entries; "
         f"with dropout, in {frame.differing_dropout.sum():.0f}.\n\n"
         f"A pass with SGSC takes {medians['sgsc_time']:.1f} × the time and {medians['sgsc_memory']:.1f} × the memory "
         f"of a plain one in the median, at most {frame.sgsc_time.max():.1f} × and {frame.sgsc_memory.max():.1f} ×. A "
