@@ -82,19 +82,21 @@ def per_sample_gradients(
         batched = torch.func.vmap(torch.func.grad(loss), (None, 0, 0), chunk_size=chunk_size, randomness="different")
         return batched(constant, x, y)
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        found = [one_by_one(model, parameters, x, y, loss_fn, i) for i in range(n.pop())]
+        found = [one_by_one(model, parameters, x, y, loss_fn, [i]) for i in range(n.pop())]
         warnings.warn(f"vmap cannot batch the model, so each sample took its own pass. Found: {error}", stacklevel=2)
         return {name: torch.stack(rows) for name, rows in zip(parameters, zip(*found, strict=True), strict=True)}
 
 
 def as_call(x: Any) -> tuple[tuple, dict]:
     """The positional and the keyword arguments that x stands for: a tensor, a tuple or a dict."""
-    return ((), x) if isinstance(x, Mapping) else (x if isinstance(x, tuple) else (x,), {})
+    return ((), dict(x)) if isinstance(x, Mapping) else (x if isinstance(x, tuple) else (x,), {})
 
 
-def one_by_one(model: nn.Module, parameters: dict, x: Any, y: Any, loss_fn: Callable, i: int) -> tuple[Tensor, ...]:
-    """Sample i's gradients by a forward and a backward pass of its own."""
-    x_i, y_i = tree_map_only(Tensor, lambda t: t[i : i + 1], (x, y))
+def one_by_one(
+    model: nn.Module, parameters: dict, x: Any, y: Any, loss_fn: Callable, rows: list[int]
+) -> tuple[Tensor, ...]:
+    """The gradients of one sample, or of copies of it, by a forward and a backward pass of its own."""
+    x_i, y_i = tree_map_only(Tensor, lambda t: t[rows], (x, y))
     args, kwargs = as_call(x_i)
     with torch.enable_grad(), unobserved():
         loss = loss_fn(model(*args, **kwargs), y_i)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from sgsc_core.calls import Axis, RandomState, _close, tensors_in
+from sgsc_core.calls import Axis, RandomState, is_close, tensors_in
 from sgsc_core.checks import named, unobserved
 
 Axes = tuple[list[Axis | None], list[Axis | None]]  # of a call's inputs, None for what is no tensor, and its outputs
@@ -73,7 +73,7 @@ def _unknown(why: str) -> dict[str, list[Axes]]:
 
 def _equal(a: Seen, b: Seen) -> bool:
     tensors = [[t for t in (*seen.inputs, *seen.outputs) if isinstance(t, Tensor)] for seen in (a, b)]
-    return all(_close(x, y) for x, y in zip(*tensors, strict=True))
+    return all(is_close(x, y) for x, y in zip(*tensors, strict=True))
 
 
 def _axis(a: Any, b: Any, c: Any) -> Axis | None:
@@ -85,7 +85,7 @@ def _axis(a: Any, b: Any, c: Any) -> Axis | None:
         return None
     dim = differing[0]
     fold = c.shape[dim]
-    if _close(a.narrow(dim, 0, fold), b.narrow(dim, 0, fold)):
+    if is_close(a.narrow(dim, 0, fold), b.narrow(dim, 0, fold)):
         return Axis(dim, fold)
     return COUPLED if fold == 1 else None  # several rows a sample may lie in another order
 
@@ -104,7 +104,8 @@ def _passes(model: nn.Module, args: tuple, kwargs: dict, rows: int, prefix: str)
                         for k in chosen:
                             picked[k] = leaves[k].detach()[index]
                         random.restore()
-                        found.append(_seen(model, *tree_unflatten(picked, spec), prefix))
+                        args, kwargs = tree_unflatten(picked, spec)
+                        found.append(_seen(model, args, kwargs, prefix))
                     return found
                 except Exception:
                     if chosen == batched[:1]:

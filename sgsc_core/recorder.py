@@ -10,30 +10,24 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from sgsc_core.calls import Call, RandomState, behind, exactly, tensors_in
-from sgsc_core.checks import is_training_pass, named, refuse_coupled, refuse_gradients, refuse_place, refuse_second_backward
+from sgsc_core.calls import Call, Hook, Pass, RandomState, behind, exactly, rows_of, tensors_in
+from sgsc_core.checks import (
+    is_training_pass,
+    named,
+    refuse_coupled,
+    refuse_place,
+    refuse_second_backward,
+)
+from sgsc_core.confirm import confirm
 from sgsc_core.look import Axes, second_look
 from sgsc_core.plan import above, around, problems_of, ways
 from sgsc_core.rules import Rule
 from sgsc_core.sums import Summing, Sums
-
-
-@dataclass
-class Pass:
-    """One forward pass of a hooked model: its samples, whether they count by now (its backward pass has given a
-    parameter a gradient), whether it ran under autocast, and how often each module was called."""
-
-    rows: int
-    counted: bool = False
-    autocast: bool = False
-    calls: dict[str, int] = field(default_factory=dict)
 
 
 class Recorder:
@@ -73,17 +67,17 @@ class Recorder:
         self.ways = {name: way for name, way in found.items() if way.parameter.requires_grad}
         self.parameters = [(p, p.requires_grad) for p in model.parameters()]
         self.hooks = [
-            model.register_forward_pre_hook(_Hook(self.on_model, model), prepend=True, with_kwargs=True),
-            model.register_forward_hook(_Hook(self.on_model_end, model), always_call=True),
+            model.register_forward_pre_hook(Hook(self.on_model, model), prepend=True, with_kwargs=True),
+            model.register_forward_hook(Hook(self.on_model_end, model), always_call=True),
         ]
         held = {path for way in self.ways.values() for owner in way.owners for path in above(owner.path)}
         for path, module in model.named_modules():
             if path in held:  # prepend=True: another hook may replace the output, and a rule needs the layer's own
-                before, after = _Hook(self.on_entry, module, path), _Hook(self.on_call, module, path)
+                before, after = Hook(self.on_entry, module, path), Hook(self.on_call, module, path)
                 self.hooks.append(module.register_forward_pre_hook(before))
                 self.hooks.append(module.register_forward_hook(after, prepend=True, with_kwargs=True))
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                self.hooks.append(module.register_forward_pre_hook(_Hook(self.on_batch_norm, module, path)))
+                self.hooks.append(module.register_forward_pre_hook(Hook(self.on_batch_norm, module, path)))
         for name, way in self.ways.items():
             before_sum, after_sum = _of(self.on_gradient, name), _of(self.on_accumulated, name)
             self.hooks.append(way.parameter.register_hook(before_sum))
@@ -119,7 +113,7 @@ class Recorder:
             if problems := problems_of(model, self.summing.rules):  # some were frozen, thawed, replaced
                 raise ValueError("\n".join(problems))
             self.hook()
-        rows = _rows(args, kwargs)
+        rows = rows_of(args, kwargs)
         self.forget_calls()
         self.current, self.running = None, rows is not None  # else the first layer tells how many samples there are
         if rows is not None:
@@ -152,6 +146,8 @@ class Recorder:
         self.fresh: list[str] = []  # parameters that this backward pass has given a gradient
         self.given: dict[str, Tensor] = {}  # that gradient, of unchecked ones
         self.began: set[int] = set()
+        self.made: dict[str, Sums] = {}  # what this backward pass has added
+        self.before: dict[str, Sums | None] = {}  # and to what
         self.misplaced: list[str] = []  # layers whose samples were not found
 
     def on_call(self, path: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -165,8 +161,8 @@ class Recorder:
         if looked := self.axes.get(path):
             call.place(looked[min(this.calls.get(path, 0), len(looked) - 1)])
         this.calls[path] = this.calls.get(path, 0) + 1
-        this.autocast |= call.autocast["enabled"]
-        if own and self.unchecked.isdisjoint(call.names) and not self.summing.is_placed(call, len(call.shapes)):
+        this.autocast |= bool(call.autocast["enabled"])
+        if own and this.rows and self.unchecked.isdisjoint(call.names) and not self.summing.is_placed(call):
             refuse_place(path, module, call.shapes[0], this.rows)
         for k, leaf in enumerate(tensors_in(output)):
             if leaf.requires_grad:
@@ -189,7 +185,7 @@ class Recorder:
                         "for that of the samples and does not know whether these keep apart.",
                         stacklevel=2,
                     )
-            return self.start_pass(_rows(args, kwargs) or 0)
+            return self.start_pass(rows_of(args, kwargs) or 0)
         return self.current
 
     # -- a backward pass: errors arrive at outputs, then autograd adds to the gradients of parameters ------------------
@@ -214,7 +210,7 @@ class Recorder:
         task = torch._C._current_graph_task_id()
         if task not in self.open:
             if not self.open:
-                self.fresh, self.given, self.began = [], {}, set()
+                self.fresh, self.given, self.made, self.began = [], {}, {}, set()
             self.open.add(task)
             torch.autograd.Variable._execution_engine.queue_callback(lambda: self.on_backward_end(task))
         return task
@@ -252,7 +248,7 @@ class Recorder:
     def of_rules(self, name: str, calls: list[Call]) -> Sums | None:
         if not calls[0].rows:
             return None  # an empty shard
-        if lost := [call for call in calls if not self.summing.is_placed(call, len(call.shapes))]:
+        if lost := [call for call in calls if not self.summing.is_placed(call)]:
             where, shape = named(lost[0].path, lost[0].module), tuple(lost[0].shapes[0])
             self.misplaced.append(f"{where} gives {shape}, where no axis holds the {lost[0].rows} samples")
             return None  # so that the check looks for another way
@@ -281,7 +277,9 @@ class Recorder:
             self.total += this.rows
         self.changed = True
         if found is not None:
-            self.sums[name] = found + self.sums.get(name)
+            if name not in self.made:  # else another way is taken in this backward pass
+                self.before[name] = self.sums.get(name)
+            self.made[name], self.sums[name] = found, found + self.before[name]
         for call in calls:
             call.names.discard(name)
             if not call.names and call.path not in self.candidates:
@@ -295,87 +293,13 @@ class Recorder:
                     found = self.of_module(path, calls, wanted)
                     for name in wanted:
                         self.add(name, self.arrived.pop(name), found.get(name))
-            self.check()
+            confirm(self)
         self.open.discard(task)
         if not self.open:
             for call in (call for calls in self.tried.values() for call in calls):
                 call.release()
             self.forget_calls()
 
-    # -- the first batch: is Σ_i g_i what autograd says? ---------------------------------------------------------------
-
-    def check(self) -> None:
-        """Compare Σ_i g_i with the gradient of autograd; where they differ, find the module that holds all uses."""
-        given = {name: self.given[name] for name in self.fresh if name in self.given and name in self.unchecked}
-        given = {name: g for name, g in given.items() if g.isfinite().all()}  # else a scaler looks for its scale
-        if not given or (self.current is not None and not self.current.rows):
-            return
-        largest = max(float(g.abs().max()) if g.numel() else 0.0 for g in given.values())
-        wrong = {name for name, g in given.items() if not self.agrees(self.sums.get(name), g, largest)}
-        reasons: list[str] = []
-        for path in sorted(self.tried, key=len, reverse=True) if wrong else ():  # from the inside out
-            held = [name for name in sorted(wrong) if path in around(self.model, self.ways[name].owners)]
-            calls = self.tried[path]
-            if not held or len({id(call.this) for call in calls}) > 1:
-                continue
-            try:
-                found = self.of_module(path, calls, held)
-            except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
-                reasons.append(f"{type(error).__name__}: {error}")
-                continue
-            for name in held:
-                if name in found and self.agrees(found[name], given[name], largest, calls[0].rows):
-                    self.ways[name] = self.ways[name]._replace(again=path)
-                    self.sums.pop(name, None)
-                    self.add(name, calls, found[name])
-                    wrong.discard(name)
-        if wrong and not self.tried:
-            return  # no hook ran, as in a model that was compiled before: there is no statistic
-        if wrong:
-            self.start_statistic()
-            refuse_gradients(wrong, [*self.misplaced, *reasons])
-        self.unchecked.difference_update(given)
-        self.plan()
-
-    def agrees(self, found: Sums | None, given: Tensor, largest: float, rows: int = 1) -> bool:
-        """Whether Σ_i g_i is the gradient, but for rounding. A loss that is made inside may be a sum, where a mean is
-        taken for granted: `rows` times as much."""
-        if found is None or found.total is None or not given.numel():
-            return not given.any()
-        precise = {torch.float64: 1e-7, torch.float32: 1e-3}.get(given.dtype, 5e-2)
-        precise = 5e-2 if self.current and self.current.autocast else precise
-        allowed = precise * float(given.abs().max()) + 100 * torch.finfo(given.dtype).eps * largest
-        return any(float((found.total * factor - given).abs().max()) <= allowed for factor in {1, rows})
-
-
-def _rows(args: tuple, kwargs: dict) -> int | None:
-    """How many samples a call has, by its first tensor that is no number; None where it has no tensor."""
-    return next((len(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim), None)
-
 
 def _of(function: Callable, name: str) -> Callable:
     return lambda tensor: function(name, tensor)
-
-
-class _Hook:
-    """A hook on one module. A copy of the model does not report to SGSC, nor does one that was saved and loaded."""
-
-    def __init__(self, function: Callable, module: nn.Module, path: str = "") -> None:
-        self.function, self.module, self.path = torch.compiler.disable(function), module, path
-
-    def __call__(self, called: nn.Module, *rest: Any) -> None:
-        if called is self.module:
-            self.function(self.path, called, *rest)
-
-    def __deepcopy__(self, _: dict) -> _Hook:
-        return self
-
-    def __reduce__(self) -> tuple[Callable, tuple]:
-        return _Gone, ()
-
-
-class _Gone:
-    """What is left of a hook in a model that was saved and loaded."""
-
-    def __call__(self, *_: Any, **__: Any) -> None:
-        pass

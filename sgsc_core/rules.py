@@ -122,7 +122,7 @@ def linear_rule(module: nn.Linear, inputs: Tensor, errors: Tensor) -> Mapping[st
 def transposed_linear_rule(module: Any, inputs: Tensor, errors: Tensor) -> Mapping[str, PerSample]:
     """`Conv1D` of the package transformers: a Linear layer whose weight is [in, out]."""
     found = linear_rule(module, inputs, errors)
-    weight = found["weight"]
+    weight: Any = found["weight"]
     return {"weight": Outer(weight.inputs, weight.errors) if isinstance(weight, Outer) else weight.mT,
             "bias": found["bias"]}  # fmt: skip
 
@@ -218,7 +218,8 @@ def layer_norm_rule(module: Any, inputs: Tensor, errors: Tensor) -> Mapping[str,
     normalise = F.rms_norm if isinstance(module, nn.RMSNorm) else F.layer_norm
     scaled = normalise(inputs.to(errors.dtype), module.normalized_shape, eps=module.eps) * errors
     axes = len(module.normalized_shape)
-    return {"weight": _steps(scaled, axes).sum(1), "bias": _steps(errors, axes).sum(1)}
+    weight = {"weight": _steps(scaled, axes).sum(1)}
+    return weight if isinstance(module, nn.RMSNorm) else weight | {"bias": _steps(errors, axes).sum(1)}
 
 
 def channel_norm_rule(module: Any, inputs: Tensor, errors: Tensor) -> Mapping[str, PerSample]:
@@ -230,8 +231,11 @@ def channel_norm_rule(module: Any, inputs: Tensor, errors: Tensor) -> Mapping[st
         own = isinstance(module, nn.modules.instancenorm._InstanceNorm) and (
             module.training or not module.track_running_stats
         )
-        kept = (None, None) if own else (module.running_mean.to(a.dtype), module.running_var.to(a.dtype))
-        normalised = F.instance_norm(a, eps=module.eps) if own else F.batch_norm(a, *kept, eps=module.eps)
+        if own:
+            normalised = F.instance_norm(a, eps=module.eps)
+        else:
+            mean, variance = module.running_mean.to(a.dtype), module.running_var.to(a.dtype)
+            normalised = F.batch_norm(a, mean, variance, eps=module.eps)
     scaled = (normalised * errors).reshape(*a.shape[:2], -1)
     return {"weight": scaled.sum(2), "bias": errors.reshape(scaled.shape).sum(2)}
 

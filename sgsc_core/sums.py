@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgsc_core.calls import Call, in_front, recomputed
+from sgsc_core.again import recomputed
+from sgsc_core.calls import Call, in_front
 from sgsc_core.checks import refuse_answer, refuse_overwritten
 from sgsc_core.plan import rule_of
 from sgsc_core.rules import (
@@ -46,8 +47,8 @@ class Sums:
     def __add__(self, other: Sums | None) -> Sums:
         if other is None:
             return self
-        pairs = ((self.sign, other.sign), (self.total, other.total), (self.active, other.active))
-        return Sums(*(None if a is None or b is None else a + b for a, b in pairs))
+        pairs = ((self.total, other.total), (self.active, other.active))
+        return Sums(self.sign + other.sign, *(None if a is None or b is None else a + b for a, b in pairs))
 
 
 @dataclass
@@ -88,16 +89,16 @@ class Summing:
             total = self(sum(gradients[1:], gradients[0])) + total
         return total
 
-    def is_placed(self, call: Call, outputs: int = 1) -> bool:
+    def is_placed(self, call: Call) -> bool:
         """Whether a rule can tell a call's samples apart: at input and output they lie along one axis, in front."""
         tensors, rule = call.tensors(), self._rule(call)
         if call.overwritten():
             refuse_overwritten(call.path, call.module)
         axes = [call.axes[k] for k in tensors]
-        if outputs != 1 or not axes or None in axes or call.output_axes != axes[:1]:
+        if len(call.shapes) != 1 or not axes or None in axes or call.output_axes != axes[:1]:
             return False
-        weight, dims = getattr(call.module, "weight", None), len(call.shapes[0])
-        if dims < 2 or (rule in (convolution_rule, transposed_convolution_rule) and dims != weight.ndim):
+        dims, module = len(call.shapes[0]), call.module  # type: int, Any
+        if dims < 2 or (rule in (convolution_rule, transposed_convolution_rule) and dims != module.weight.ndim):
             return False  # one sample without an axis for it
         return rule in POSITIONWISE or not any(axis and axis.dim for axis in axes)
 
@@ -120,7 +121,9 @@ class Summing:
         """Of parameters of a module, by their names in it, from its calls in a pass."""
         if any(call.overwritten() for call in calls):
             refuse_overwritten(calls[0].path, calls[0].module)
-        streams = [(found for _, found in recomputed(call, parameters, CHUNK_ENTRIES)) for call in calls]
+        streams: list[Iterator[dict[str, Tensor]]] = [
+            (found for _, found in recomputed(call, parameters, CHUNK_ENTRIES)) for call in calls
+        ]
         if len(calls) > 1:  # their parts may differ in size, so that whole batches are added up
             streams = [iter([_added(streams)])]
         total: dict[str, Sums] = {}

@@ -40,7 +40,7 @@ def assert_rule(rule: Rule, module: nn.Module, inputs: Tensor) -> None:
 
     `inputs` is [B, ...]; use float64.
 
-    >>> from sgsc_lib import linear_rule
+    >>> from sgsc_core.rules import linear_rule
     >>> assert_rule(linear_rule, nn.Linear(3, 2).double(), torch.randn(5, 3).double())
     """
     output = module(inputs)

@@ -42,9 +42,13 @@ def measured(model: nn.Module, x: Tensor, y: Tensor, loss=loss_of) -> dict[str, 
 
 def one_by_one(model: nn.Module, x: Tensor, y: Tensor, loss=loss_of) -> dict[str, Tensor]:
     """Per-sample gradients by a backward pass for each sample: the oracle where vmap can't go."""
-    own = dict(model.named_parameters())
-    rows = [torch.autograd.grad(loss(model, x[i : i + 1], y[i : i + 1]), own.values()) for i in range(len(x))]
-    return {name: torch.stack(g) for name, g in zip(own, zip(*rows, strict=True), strict=True)}
+    own, rows = {name: p for name, p in model.named_parameters() if p.requires_grad}, []
+    for i in range(len(x)):
+        model.zero_grad()
+        loss(model, x[i : i + 1], y[i : i + 1]).backward()
+        rows.append({name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in own.items()})
+    model.zero_grad()
+    return {name: torch.stack([row[name] for row in rows]) for name in own}
 
 
 def gated_step(sgsc: SGSC, optimiser: torch.optim.Optimizer, placement: str) -> None:

@@ -87,15 +87,18 @@ def dense(draw, batch: int) -> tuple[list[nn.Module], Tensor]:
 
 
 def convolution(draw, batch: int) -> tuple[list[nn.Module], Tensor]:
-    layer, axes = draw(st.sampled_from([(nn.Conv1d, 1), (nn.Conv2d, 2)]))
+    kinds = [(nn.Conv1d, 1), (nn.Conv2d, 2), (nn.Conv3d, 3), (nn.ConvTranspose1d, 1), (nn.ConvTranspose2d, 2)]
+    layer, axes = draw(st.sampled_from(kinds))
     groups = draw(st.integers(1, 2))
     channels = groups * draw(st.integers(1, 2))
     first = layer(
         channels, 4, kernel_size=draw(st.integers(1, 3)), stride=draw(st.integers(1, 2)), groups=groups,
         padding=draw(st.integers(0, 2)), dilation=draw(st.integers(1, 2)), bias=draw(st.booleans()),
-        padding_mode=draw(st.sampled_from(["zeros", "circular", "replicate"])),
+        padding_mode="zeros" if layer.__name__.startswith("ConvT")
+        else draw(st.sampled_from(["zeros", "circular", "replicate"])),
     )  # fmt: skip
-    norm, last = nn.GroupNorm(draw(st.sampled_from([1, 2])), 4), layer(4, 2, kernel_size=3, padding="same")
+    norm = draw(st.sampled_from([nn.GroupNorm(1, 4), nn.GroupNorm(2, 4), nn.PReLU(4)]))
+    last = layer(4, 2, kernel_size=3, padding=1)
     x = torch.randn(batch, channels, *[draw(st.integers(5, 7)) for _ in range(axes)])
     return [first, norm, draw(ACTIVATIONS)(), last, nn.Flatten()], x
 
@@ -108,11 +111,54 @@ def tokens(draw, batch: int) -> tuple[list[nn.Module], Tensor]:
     return layers, torch.randint(size, (batch, *shape))
 
 
+def shared(draw, batch: int) -> tuple[list[nn.Module], Tensor]:
+    """A layer that is used twice, and a weight that two layers share, on vectors or on sequences."""
+    width, length = draw(WIDTHS), draw(st.sampled_from([(), (3,)]))
+    parts = {"first": nn.Linear(width, width), "second": nn.Linear(width, width, bias=draw(st.booleans()))}
+    parts["second"].weight = parts["first"].weight
+    twice = Made(lambda self, x: self.second(self.first(self.first(x).tanh()).tanh()), **parts)
+    return [twice, draw(ACTIVATIONS)(), nn.Flatten()], torch.randn(batch, *length, width)
+
+
+def attention(draw, batch: int) -> tuple[list[nn.Module], Tensor]:
+    """Attention on sequences, whose batch lies along either axis inside."""
+    width, first = 2 * draw(st.integers(2, 3)), draw(st.booleans())
+    # without the key's bias, whose gradient is zero but for rounding
+    layer = nn.MultiheadAttention(width, draw(st.sampled_from([1, 2])), batch_first=first, bias=False)
+
+    def attend(self, x):
+        x = x if first else x.transpose(0, 1)
+        y = self.norm(x + self.layer(x, x, x, need_weights=draw_weights)[0])
+        return y if first else y.transpose(0, 1)
+
+    draw_weights = draw(st.booleans())
+    made = Made(attend, layer=layer, norm=nn.LayerNorm(width))
+    return [made, nn.Linear(width, width), nn.Flatten()], torch.randn(batch, draw(st.integers(2, 4)), width)
+
+
+def bare(draw, batch: int) -> tuple[list[nn.Module], Tensor]:
+    """Parameters beside layers, and an embedding of positions: what all samples share, as many as samples or not."""
+    width, length = draw(WIDTHS), draw(st.sampled_from([batch, 3]))
+    parts = {"token": nn.Parameter(torch.randn(1, 1, width)), "positions": nn.Embedding(length, width)}
+    parts |= {"scale": nn.Parameter(torch.randn(width)), "inner": nn.Linear(width, width)}
+
+    def forward(self, x):
+        x = self.inner(x + self.positions(torch.arange(length))) * self.scale
+        return torch.cat([self.token.expand(len(x), -1, -1), x], 1).tanh()
+
+    return [Made(forward, **parts), nn.Flatten()], torch.randn(batch, length, width)
+
+
+def recurrent(draw, batch: int) -> tuple[list[nn.Module], Tensor]:
+    layer = draw(st.sampled_from([nn.GRU, nn.LSTM, nn.RNN]))(3, 4, batch_first=True)
+    return [Made(lambda self, x: self.layer(x)[0][:, -1], layer=layer)], torch.randn(batch, 3, 3)
+
+
 @st.composite
 def problems(draw, dtype=torch.float64, least: int = 1) -> tuple[nn.Module, Tensor, Tensor]:
     """A random model with a batch of `least` to 9 samples for it: (model, x, y)."""
     torch.manual_seed(draw(st.integers(0, 2**16)))
-    family = draw(st.sampled_from([dense, dense, convolution, tokens]))
+    family = draw(st.sampled_from([dense, dense, convolution, tokens, shared, attention, bare]))
     layers, x = family(draw, draw(st.integers(least, 9)))
     model = nn.Sequential(*layers)
     with torch.no_grad():

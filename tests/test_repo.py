@@ -106,8 +106,8 @@ def test_files_are_of_a_size_that_one_reads_and_the_order_of_imports_leaves_no_m
 @pytest.mark.parametrize("name", MODULES)
 def test_every_name_that_is_offered_has_an_example_and_they_run(name):
     module = importlib.import_module(name)
-    offered = sgsc_study if name.startswith("sgsc_study") else sgsc_lib
-    own = {key: value for key, value in vars(offered).items() if getattr(value, "__module__", "") == name}
+    offered = {key: getattr(sgsc_lib, key) for key in sgsc_lib.__all__} | vars(sgsc_study)
+    own = {key: value for key, value in offered.items() if getattr(value, "__module__", "") == name}
     methods = {f"{n}.{m}": f for n, v in own.items() if inspect.isclass(v) for m, f in vars(v).items() if callable(f)}
     public = {key: value for key, value in (own | methods).items() if not re.search(r"(^|\.)_", key)}
     assert {key for key, value in public.items() if ">>>" not in (value.__doc__ or "")} <= {"Dataset"}
@@ -181,7 +181,7 @@ def test_the_readmes_example_trains_a_model():
 
 
 @patch.dict(sgsc_lib.SGSC.rules)
-def test_the_layer_of_the_docs_is_served_by_per_sample_rule_and_by_a_rule_of_its_own():
+def test_the_layer_of_the_docs_is_served_without_a_rule_and_by_one_of_its_own():
     layer, rule, _ = snippets("docs/extending.md")
     exec(layer, made := {})
     model = torch.nn.Sequential(torch.nn.Linear(40, 8), made["Scale"](8), torch.nn.Linear(8, 10))

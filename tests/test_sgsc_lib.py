@@ -5,6 +5,7 @@ import gc
 import math
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 from functools import partial
 
@@ -12,15 +13,26 @@ import inputs
 import pytest
 import torch
 import torch.nn.functional as F
-from asserts import assert_consistency, assert_equal, examples, gated_step, loss_of, measured, one_by_one, weighted
+from asserts import (
+    assert_consistency,
+    assert_equal,
+    examples,
+    gated_step,
+    hooks_on,
+    loss_of,
+    measured,
+    one_by_one,
+    weighted,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from inputs import CLASSES, Made, problems, toy
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
+from torch.utils.checkpoint import checkpoint
 
-import sgsc_lib
-from sgsc_lib import SGSC, mlp, noise_floor, per_sample_gradients, per_sample_rule, power_gate, sign_consistency
+from sgsc_core import sums
+from sgsc_lib import SGSC, check_consistency, mlp, noise_floor, per_sample_gradients, power_gate, sign_consistency
 
 OPTIMISERS = [partial(torch.optim.SGD, lr=0.1, momentum=0.9), partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)]
 
@@ -238,22 +250,241 @@ def test_what_runs_between_forward_and_backward_is_harmless(build):
 HOOKED, PARTLY_FROZEN, WEIGHT_NORM = nn.Linear(5, 5), nn.Linear(5, 5), nn.utils.parametrizations.weight_norm
 HOOKED.register_forward_hook(lambda _, args, output: output * args[0][:, :1].sign())
 PARTLY_FROZEN.weight.requires_grad_(False)
-FROZEN = nn.PReLU(), inputs.tied(), WEIGHT_NORM(nn.Linear(5, 5)), nn.utils.spectral_norm(nn.Linear(5, 5))
+WRAPPED, TWICE = nn.Linear(5, 5), nn.LayerNorm(5)
+WRAPPED.forward = lambda x, forward=WRAPPED.forward: forward(x) * x[:, :1]
+TWICE.register_parameter("bias", TWICE.weight)
+with warnings.catch_warnings(action="ignore"):
+    OLDER = nn.utils.weight_norm(nn.Linear(5, 5))
+
+
+def one(layer: nn.Module, compute) -> nn.Module:
+    return Made(compute, layer=layer)
+
+
 SERVED = {  # what stands before a last Linear layer
     "a layer alone": [],
-    "a layer of one's own, by one line": [inputs.scale(5), nn.ReLU()],
+    "a layer of one's own": [inputs.scale(5), nn.ReLU()],
+    "a subclass": [type("MyLinear", (nn.Linear,), {})(5, 5)],
     "batch norm in eval mode": inputs.batch_norm()[0][:3],
     "a hook that replaces an output": [HOOKED, nn.ReLU()],
-    "frozen, what could not be served else": [PARTLY_FROZEN, nn.ReLU(), *(m.requires_grad_(False) for m in FROZEN)],
-}
+    "a forward that was replaced": [WRAPPED],
+    "tied weights": [inputs.tied()],
+    "one parameter under two names": [TWICE],
+    "a layer used twice": [one(nn.Linear(5, 5), lambda self, x: self.layer(self.layer(x).tanh()))],
+    "a weight used by hand": [one(nn.Linear(5, 5), lambda self, x: F.linear(self.layer(x), self.layer.weight))],
+    "batch folded into another axis": [
+        nn.Unflatten(1, (5, 1)), one(nn.Linear(1, 1), lambda self, x: self.layer(x.flatten(0, 1)).view(-1, 5))],
+    "batch along the second axis": [
+        nn.Unflatten(1, (5, 1)), one(nn.Linear(1, 1), lambda self, x: self.layer(x.transpose(0, 1))[..., 0].T)],
+    "parametrisation": [WEIGHT_NORM(nn.Linear(5, 5))],
+    "older weight norm": [OLDER],
+    "two inputs": [one(nn.Bilinear(5, 5, 5), lambda self, x: self.layer(x, x.tanh()))],
+    "a dict for an output": [one(one(nn.Linear(5, 5), lambda self, x: {"a": self.layer(x), "b": [self.layer.bias + x]}),
+                                 lambda self, x: (out := self.layer(x))["a"] * out["b"][0])],
+    "a list of parameters": [Made(lambda self, x: x * self.own[0], own=nn.ParameterList([torch.randn(5)]))],
+    "recurrent": [nn.Unflatten(1, (5, 1)), one(nn.GRU(1, 2, batch_first=True), lambda self, x: self.layer(x)[0][:, -1]),
+                  nn.Linear(2, 5)],
+    "checkpointing": [one(mlp((5, 5, 5), seed=0), lambda self, x: checkpoint(self.layer, x, use_reentrant=False))],
+    "reentrant checkpointing": [
+        nn.Linear(5, 5), one(mlp((5, 5, 5), seed=0), lambda self, x: checkpoint(self.layer, x, use_reentrant=True))],
+    "frozen": [PARTLY_FROZEN, nn.ReLU(), *(m.requires_grad_(False) for m in (inputs.tied(), WEIGHT_NORM(nn.PReLU())))],
+}  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*vmap cannot", "ignore:.*batching rule")
 @pytest.mark.parametrize("layers", SERVED.values(), ids=SERVED)
-def test_serves(layers, monkeypatch):
-    monkeypatch.setitem(SGSC.rules, Made, per_sample_rule)
+def test_serves(layers):
     last, (_, x, y) = nn.Linear(5, CLASSES), toy()
     model = (nn.Sequential(*layers, last) if layers else last).double().eval()
-    assert_consistency(measured(model, x, y), per_sample_gradients(model, x, y))
+    assert not [row.problem for row in SGSC.explain(model) if row.problem]
+    assert_consistency(measured(model, x, y), one_by_one(model, x, y))
+
+
+def test_a_layers_view_and_an_operation_in_place_behind_it():
+    class Permuted(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), Permuted(4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(64, CLASSES))
+    x, y = torch.randn(6, 2, 6, 6).double(), torch.randint(CLASSES, (6,))
+    model.double()
+    assert_consistency(measured(model, x, y), one_by_one(model, x, y))
+
+
+@pytest.mark.filterwarnings("ignore:SGSC recomputes")
+@pytest.mark.parametrize("kind", [nn.Dropout, nn.AlphaDropout, "transposed", "stochastic depth", "attention"])
+def test_random_operations_are_repeated_with_the_numbers_of_the_forward_pass(kind):
+    torch.manual_seed(0)
+    width = 4
+    own = {"own": nn.Parameter(torch.randn(width)), "layer": nn.Linear(width, width)}
+    if kind == "transposed":
+        drop = lambda self, x: F.dropout(x.transpose(1, 2), 0.5).transpose(1, 2)  # noqa: E731
+    elif kind == "stochastic depth":
+        drop = lambda self, x: x * x.new_empty(len(x), 1, 1).bernoulli_(0.5)  # noqa: E731
+    elif kind == "attention":
+        own["drop"] = nn.MultiheadAttention(width, 2, dropout=0.5, batch_first=True)
+        drop = lambda self, x: self.drop(x, x, x)[0]  # noqa: E731
+    else:
+        own["drop"] = kind(0.5)
+        drop = lambda self, x: self.drop(x)  # noqa: E731
+    first = Made(lambda self, x: self.layer(drop(self, x * self.own).tanh()), **own)
+    model = nn.Sequential(first, nn.Flatten(), nn.Linear(3 * width, CLASSES)).double()
+    x, y = torch.randn(6, 3, width).double(), torch.randint(CLASSES, (6,))
+    sgsc = SGSC(model, gamma=1.0)
+    torch.manual_seed(1)
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    losses.sum().backward()
+    c = sgsc.consistency()
+    sgsc.remove()
+    torch.manual_seed(1)
+    losses = F.cross_entropy(model(x), y, reduction="none")  # the same masks: each sample's part of the very pass
+    own = dict(model.named_parameters())
+    rows = [torch.autograd.grad(loss, own.values(), retain_graph=True) for loss in losses]
+    expected = {name: torch.stack(g) for name, g in zip(own, zip(*rows, strict=True), strict=True)}
+    assert_consistency(c, expected)
+
+
+@pytest.mark.parametrize("build", [  # exact rules of layers that no random architecture holds
+    lambda: (nn.InstanceNorm1d(4, affine=True), (4, 5)), lambda: (nn.ConvTranspose3d(4, 2, 2, groups=2), (4, 2, 3, 2)),
+    lambda: (nn.InstanceNorm2d(4, affine=True, track_running_stats=True), (4, 3, 3)), lambda: (nn.PReLU(), (4, 3)),
+    lambda: (nn.RMSNorm(4), (3, 4)), lambda: (nn.EmbeddingBag(5, 4, mode="mean", padding_idx=1), None),
+    lambda: (nn.EmbeddingBag(5, 4, mode="max"), None), lambda: (nn.EmbeddingBag(5, 4, mode="sum"), None),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:SGSC recomputes")
+def test_the_rules_of_other_layers(build):
+    torch.manual_seed(0)
+    layer, shape = build()
+    x = torch.randint(5, (6, 7)) if shape is None else torch.randn(6, *shape).double()
+    layer.double()
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(layer(x).flatten(1).shape[1], CLASSES).double())
+    y = torch.randint(CLASSES, (6,))
+    assert_consistency(measured(model, x, y), one_by_one(model, x, y))
+    assert SGSC.explain(model)[0].rule.endswith("_rule") or layer.mode == "max"
+
+
+# -- exactly the samples and uses that made p.grad ---------------------------------------------------------------------
+
+
+def test_passes_that_gave_no_parameter_a_gradient_do_not_count():
+    model, x, y = toy(16)
+    sgsc = SGSC(model, 0.5)
+    for rows in (slice(0, 8), slice(8, 16)):
+        adversarial = x[rows].clone().requires_grad_()
+        torch.autograd.grad(loss_of(model, adversarial, y[rows]), adversarial)
+        loss_of(model, x[rows], y[rows])  # a batch that is skipped
+        loss_of(model, x[rows], y[rows]).backward()
+    assert_consistency(sgsc.consistency(), per_sample_gradients(model, x, y))
+    assert (sgsc.summary()["samples"] == 16).all()
+
+
+@pytest.mark.filterwarnings("ignore:SGSC sees layers called")
+def test_layers_that_are_called_directly_go_on_after_a_batch_that_was_skipped():
+    _, x, y = toy()
+    model = nn.ModuleDict({"body": nn.Linear(5, 5), "head": nn.Linear(5, CLASSES)}).double()
+    sgsc = SGSC(model, gamma=1.0)
+    for skipped in (False, True, False):
+        loss = F.cross_entropy(model["head"](model["body"](x).relu()), y)
+        if not skipped:
+            model.zero_grad()
+            loss.backward()
+            expected = per_sample_gradients(nn.Sequential(model["body"], nn.ReLU(), model["head"]), x, y)
+            assert_consistency(sgsc.consistency(), dict(zip(sgsc.consistency(), expected.values(), strict=True)))
+
+
+def test_a_part_that_no_optimizer_clears_runs_on_and_the_rest_starts_anew():
+    model, x, y = toy()
+    sgsc, optimizer = SGSC(model, 0.0), torch.optim.SGD(model[4].parameters(), lr=0.1)
+    for step in range(1, 4):
+        optimizer.zero_grad()
+        loss_of(model, x, y).backward()
+        optimizer.step()
+        samples = dict(zip(sgsc.summary()["parameter"], sgsc.summary()["samples"], strict=True))
+        assert samples["4.weight"] == 12 and samples["0.weight"] == 12 * step
+
+
+def test_frozen_thawed_replaced_and_reparametrised_after_sgsc_was_built():
+    model, x, y = toy()
+    sgsc = SGSC(model.requires_grad_(False), gamma=0.5)
+    changes = (lambda: model[4].requires_grad_(True), lambda: model.requires_grad_(True),
+               lambda: setattr(model, "2", nn.Linear(7, 6).double()),
+               lambda: nn.utils.parametrizations.weight_norm(model[0]))  # fmt: skip
+    for change in changes:
+        change()
+        model.zero_grad()
+        loss_of(model, x, y).backward()
+        assert_consistency(sgsc.consistency(), per_sample_gradients(model, x, y))
+        sgsc.scale_gradients_()
+
+
+def test_several_models_at_once_as_in_a_gan():
+    torch.manual_seed(0)
+    generator, critic = mlp((2, 8, 5), seed=0).double(), mlp((5, 8, 1), seed=1).double()
+    gates = SGSC(generator, 1.0), SGSC(critic, 1.0)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (generator, critic)]
+    z, real = torch.randn(6, 2).double(), torch.randn(6, 5).double()
+    for _ in range(2):
+        optimizers[1].zero_grad()
+        critic(real).mean().backward()
+        (-critic(generator(z).detach()).mean()).backward()
+        shown, signs = torch.cat([real, generator(z).detach()]), torch.tensor([[1.0]] * 6 + [[-1.0]] * 6)
+        expected = one_by_one(copy.deepcopy(critic), shown, signs, weighted)
+        assert_consistency(gates[1].consistency(), {k: g.detach() for k, g in expected.items()})
+        gates[1].scale_gradients_(), optimizers[1].step()
+        optimizers[0].zero_grad()
+        critic(generator(z)).mean().backward()
+        both = copy.deepcopy(nn.Sequential(generator, critic))
+        expected = {k[2:]: g for k, g in one_by_one(both, z, torch.ones(6, 1), weighted).items() if k.startswith("0.")}
+        assert_consistency(gates[0].consistency(), expected)
+        gates[0].scale_gradients_(), optimizers[0].step()
+
+
+def test_a_model_is_saved_and_copied_without_its_hooks(tmp_path):
+    model, x, y = toy()
+    sgsc = SGSC(model, gamma=1.0)
+    torch.save(model, tmp_path / "model.pt")
+    for other in (torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(model)):
+        loss_of(other, x, y).backward()
+    with pytest.raises(RuntimeError, match="backward"):
+        sgsc.consistency()
+
+
+def test_a_grad_scaler_may_skip_a_step_and_scale_what_is_compared():
+    model, x, y = toy(dtype=torch.float32)
+    sgsc, optimizer = SGSC(model, 1.0), torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    for _ in range(20):
+        optimizer.zero_grad()
+        scaler.scale(100 * loss_of(model, x, y)).backward()
+        expected = per_sample_gradients(model, x, y)
+        scaler.unscale_(optimizer)
+        if all(p.grad.isfinite().all() for p in model.parameters()):
+            assert_consistency(sgsc.consistency(), expected)
+            sgsc.scale_gradients_()
+        scaler.step(optimizer), scaler.update()
+    assert scaler.get_scale() < 2.0**127
+
+
+def test_check_consistency_finds_a_wrong_rule_and_leaves_the_model_alone(monkeypatch):
+    model, x, y = toy()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    before = hooks_on(model), model[0].weight.grad
+    assert sum(row.differing for row in check_consistency(model, x, y)) == 0
+
+    def twisted(module, a, errors):
+        return {"weight": torch.einsum("bo,bi->boi", errors, a.roll(1, 0)), "bias": errors}
+
+    monkeypatch.setitem(SGSC.rules, nn.Linear, twisted)  # the first batch shows it, and the layer is run again
+    rows = check_consistency(model, x, y)
+    assert not any(row.differing for row in rows) and rows[0].served_by.startswith("recomputed")
+
+    def even(module, a, errors):  # its sum is right, its samples are not
+        return {"weight": (errors.T @ a / len(a)).expand(len(a), -1, -1), "bias": errors}
+
+    monkeypatch.setitem(SGSC.rules, nn.Linear, even)
+    assert sum(row.differing for row in check_consistency(model, x, y)) > 0
+    assert (hooks_on(model), model[0].weight.grad) == before
+    with pytest.raises(ValueError, match="`model`"):
+        check_consistency(nn.Sequential(nn.Dropout(), model), x, y)
 
 
 def test_inputs_by_keyword_and_in_a_dict():
@@ -271,7 +502,7 @@ def test_inputs_by_keyword_and_in_a_dict():
 @given(problems())
 def test_summary_against_brute_force(problem):
     model, x, y = problem
-    sgsc = SGSC(model, gamma=1.0)
+    sgsc = SGSC(model, gamma=1.0, count_active=True)
     loss_of(model, x, y).backward()
     rows, c, per_sample = sgsc.summary().to_dict("records"), sgsc.consistency(), per_sample_gradients(model, x, y)
     largest = max(float(g.abs().max()) for g in per_sample.values())
@@ -280,7 +511,8 @@ def test_summary_against_brute_force(problem):
         quantiles = {f"q{q:02d}": values.quantile(q / 100).item() for q in (5, 25, 50, 75, 95)}
         shares = {"share_zero": (values == 0).double().mean().item(), "active_share": (g != 0).double().mean().item()}
         expected = {"parameter": name, "entries": values.numel(), "samples": len(x), **quantiles, **shares}
-        expected |= {"mean": values.mean().item(), "noise_floor": noise_floor(len(x))}
+        expected |= {"mean": values.mean().item(), "noise_floor": noise_floor(len(x)), "computed": row["computed"]}
+        expected |= {"rounding": row["rounding"]}
         doubtful = (g.abs() <= 1e-14 * largest).double().mean().item()
         assert row == pytest.approx(expected, abs=doubtful + 1e-9)
 
@@ -319,12 +551,24 @@ def test_a_model_compiled_after_sgsc_was_built_gives_the_same_c(build, in_place,
 def test_chunks_bound_the_gradients_held_at_once_and_change_nothing(entries, monkeypatch):
     model, x, y = inputs.cnn()
     whole, held = measured(model, x, y), []
-    sign_sum = sgsc_lib._sign_sum
-    monkeypatch.setattr(sgsc_lib, "CHUNK_ELEMENTS", entries)
-    monkeypatch.setattr(sgsc_lib, "_sign_sum", lambda g: held.append((g.numel(), g.numel() // len(g))) or sign_sum(g))
+    summed = sums.sums_of
+    monkeypatch.setattr("sgsc_core.rules.CHUNK_ENTRIES", entries)
+    monkeypatch.setattr(sums, "sums_of", lambda g, *f: held.append((g.numel(), g[0].numel())) or summed(g, *f)
+                        if isinstance(g, Tensor) else summed(g, *f))  # fmt: skip
     assert_equal(measured(model, x, y), whole)
-    built = [total for total, per_sample in held if total > max(entries, per_sample)]
-    assert all(total <= 10 * 6 for total in built)  # only the biases of a sequence Linear, [B, out], come whole
+    biases = 10 * CLASSES  # of a Linear layer on vectors: its errors, which come whole
+    assert held and all(total <= max(entries, of_one, biases) for total, of_one in held)
+
+
+def test_summary_marks_a_gradient_that_is_zero_but_for_rounding():
+    torch.manual_seed(0)
+    attention = Made(lambda self, x: self.value(x).mul(torch.softmax(self.query(x) @ self.key(x).mT, -1).sum(-1, True)),
+                     query=nn.Linear(4, 4), key=nn.Linear(4, 4), value=nn.Linear(4, 4))  # fmt: skip
+    model = nn.Sequential(attention, nn.Flatten(), nn.Linear(20, CLASSES))
+    sgsc = SGSC(model, gamma=1.0)
+    loss_of(model, torch.randn(8, 5, 4), torch.randint(CLASSES, (8,))).backward()
+    assert set(sgsc.summary().query("rounding")["parameter"]) == {"0.query.weight", "0.query.bias", "0.key.weight",
+                                                                  "0.key.bias"}  # fmt: skip
 
 
 def test_a_kept_loss_keeps_no_activations():
