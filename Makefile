@@ -5,9 +5,9 @@ BIN     := .venv/bin
 CHECKS  := $(BIN)/ruff check . && $(BIN)/lint-imports --no-logo
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help report quick verify test test-all lab bench wheel lock
+.PHONY: help report quick verify test test-all lab bench architectures wheel lock
 help:            ## list the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv && $(BIN)/pip install --quiet -r requirements.txt && touch $@
@@ -37,6 +37,16 @@ benchmarks/.venv/installed: benchmarks/requirements.txt
 bench: benchmarks/.venv/installed  ## time SGSC and the study's engine against their peers; writes docs/benchmark.md
 	cd benchmarks && .venv/bin/python bench_statistic.py && .venv/bin/python bench_training.py \
 	  && .venv/bin/python summary.py
+
+benchmarks/.venv-architectures/installed: benchmarks/architectures.txt
+	$(PYTHON) -m venv benchmarks/.venv-architectures
+	benchmarks/.venv-architectures/bin/pip install --quiet --no-deps -r benchmarks/architectures.txt
+	benchmarks/.venv-architectures/bin/pip install --quiet --no-deps -e . && touch $@
+
+# torchvision_on_cpu lets torchvision be imported where CUDA is not; --noconftest, as the study's packages are not here.
+architectures: benchmarks/.venv-architectures/installed  ## run SGSC on architectures of torchvision, timm, transformers
+	cd benchmarks && .venv-architectures/bin/python -m pytest --noconftest -p torchvision_on_cpu ../tests/test_integrations.py \
+	  && .venv-architectures/bin/python architectures.py
 
 wheel: .venv/installed   ## the package as a file: dist/sgsc-*.whl
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

@@ -24,7 +24,7 @@ FLOOR, OURS, SCALED = "plain backward", "SGSC, statistic", "SGSC, scale_gradient
 PARTS = ("hooks that do nothing", "hooks and sign products")  # no methods: they show where SGSC's time goes
 WIDE, SMALL = "784-1024-1024-10", "40-128-128-10"
 PAGE = ROOT / "docs" / "benchmark.md"
-MARKS = "<!-- {0}: written by benchmarks/summary.py from benchmarks/results -->\n", "<!-- /{0} -->"
+MARKS = "<!-- {0}: written by benchmarks/{1} from benchmarks/results -->\n", "<!-- /{0} -->"
 PICTURE = (
     '<img src="../benchmarks/results/benchmark.svg" alt="Bar charts: the time of a pass over that of a plain one, for '
     "SGSC and its peers on three models; the time of a training run over that of the stacked one. The tables below "
@@ -148,13 +148,14 @@ def costs(statistic: pd.DataFrame) -> str:
     return markdown(pd.DataFrame(rows))
 
 
-def put(name: str, text: str, path: Path) -> None:
+def put(name: str, text: str, path: Path, script: str = "summary.py") -> None:
     """Put a text between the marks of this name in a file."""
-    begin, end = (mark.format(name) for mark in MARKS)
+    begin, end = (mark.format(name, script) for mark in MARKS)
     before, begin, rest = path.read_text(encoding="utf-8").partition(begin)
     _, end, after = rest.partition(end)
     if not end:
-        raise SystemExit(f"{path} should have the lines {' and '.join(MARKS).format(name)}, between which text goes.")
+        marks = " and ".join(MARKS).format(name, script)
+        raise SystemExit(f"{path} should have the lines {marks}, between which text goes.")
     write_text(f"{before}{begin}{text}{end}{after}", path)
 
 

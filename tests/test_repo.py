@@ -83,8 +83,9 @@ def test_the_lock_satisfies_what_is_declared_and_there_is_one_python_one_version
         if need.name != "sgsc":
             found = locked.get(canonicalize_name(need.name))
             assert found and need.specifier.contains(found), f"{text} is not in requirements.txt: run `make lock`"
-    for name, version in (line.split("==") for line in lines_of("benchmarks/requirements.txt")):
-        assert locked.get(name, version) == version, f"the benchmark times another {name} than the study uses"
+    for lock in ("requirements.txt", "architectures.txt"):
+        for name, version in (line.split("==") for line in lines_of(f"benchmarks/{lock}")):
+            assert locked.get(name, version) == version, f"benchmarks/{lock} has another {name} than the study uses"
     python = re.search(r"PYTHON\s+\?= python(\S+)", text_of("Makefile"))[1]
     environment, citation = (yaml.safe_load(text_of(path)) for path in ("environment.yml", "CITATION.cff"))
     assert environment["dependencies"] == [f"python={python}", "pip", {"pip": ["-r requirements.txt"]}]
@@ -202,12 +203,12 @@ def test_the_workers_of_a_build_are_given_the_builds_variables():
 
 
 @pytest.mark.slow
-def test_the_benchmarks_page_is_that_of_the_committed_tables(tmp_path):
+def test_the_benchmarks_pages_are_those_of_the_committed_tables(tmp_path):
     shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns(".*"))
-    for path in ("docs/benchmark.md", "README.md", "report/sgsc.mplstyle"):
+    for path in ("docs/architectures.md", "docs/benchmark.md", "README.md", "report/sgsc.mplstyle"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / path, tmp_path / path)
-    command = [sys.executable, tmp_path / "benchmarks" / "summary.py"]
-    subprocess.run(command, cwd=tmp_path / "benchmarks", check=True)
-    for path in ("docs/benchmark.md", "README.md", "benchmarks/results/benchmark.svg"):
-        assert (tmp_path / path).read_bytes() == (ROOT / path).read_bytes(), f"{path}: run benchmarks/summary.py"
+    for command in (["summary.py"], ["architectures.py", "--page"]):
+        subprocess.run([sys.executable, *command], cwd=tmp_path / "benchmarks", check=True)
+    for path in ("docs/architectures.md", "docs/benchmark.md", "README.md", "benchmarks/results/benchmark.svg"):
+        assert (tmp_path / path).read_bytes() == (ROOT / path).read_bytes(), f"{path}: see benchmarks/README.md"
