@@ -260,6 +260,8 @@ in training mode it couples the samples. Call its eval(), or use GroupNorm.
     def _computed(self, name: str) -> str:
         """How c is computed: the rules of the parameter's modules, or the module that is run again."""
         way = self._recorder.ways[name]
+        if way.shared:
+            return "its part of a broadcast"
         if way.again is not None:
             return f"recomputed in {named(way.again, self._recorder.model.get_submodule(way.again))}"
         return ", ".join(dict.fromkeys(name_of(rule_of(owner.module, self.rules)) for owner in way.owners))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 import threading
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -108,6 +109,14 @@ def refuse_overwritten(path: str, module: nn.Module) -> None:
     raise ValueError(
         f"{named(path, module)} should find its input as it was. Found it changed in place after the call: "
         "write x = x + y for x += y, or clone the input."
+    )
+
+
+def warn_of_direct_calls() -> None:
+    warnings.warn(
+        "SGSC sees layers called without the model's own forward pass. So it takes their first axis for that of the "
+        "samples and does not know whether these keep apart.",
+        stacklevel=2,
     )
 
 

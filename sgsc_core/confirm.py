@@ -26,6 +26,9 @@ def confirm(recorder: Any) -> None:
     largest = max(float(g.abs().max()) if g.numel() else 0.0 for g in given.values())
     autocast = bool(current and current.autocast)
     wrong = {name for name, g in given.items() if not agrees(made.get(name), g, largest, autocast)}
+    for name in given.keys() - wrong:
+        if name in recorder.shared and recorder.shared[name].used:
+            recorder.ways[name] = recorder.ways[name]._replace(shared=True)
     for path in sorted(tried, key=len, reverse=True) if wrong else ():  # from the inside out
         calls = tried[path]
         held = [name for name in sorted(wrong) if path in around(recorder.model, recorder.ways[name].owners)]
@@ -38,7 +41,7 @@ def confirm(recorder: Any) -> None:
             continue
         for name in held:
             if name in found and agrees(found[name], given[name], largest, autocast, calls[0].rows):
-                recorder.ways[name] = recorder.ways[name]._replace(again=path)
+                recorder.ways[name] = recorder.ways[name]._replace(again=path, shared=False)
                 recorder.add(name, calls, found[name])
                 wrong.discard(name)
     if wrong and not tried:

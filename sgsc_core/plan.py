@@ -28,11 +28,13 @@ class Owner(NamedTuple):
 
 
 class Way(NamedTuple):
-    """How a parameter's c is computed: by the rules of its owners, or, where `again` is not None, by that module."""
+    """How a parameter's c is computed: by the rules of its owners, or, where `again` is not None, by running that
+    module again; `shared` where the first batch showed that what all samples share explains it."""
 
     parameter: nn.Parameter
     owners: tuple[Owner, ...]
     again: str | None
+    shared: bool = False
 
 
 class Served(NamedTuple):
@@ -121,6 +123,34 @@ def ways(model: nn.Module, rules: Mapping[type, Callable]) -> dict[str, Way]:
         served = all(rule_of(owner.module, rules) for owner in owners) and not attention
         made[name] = Way(p, owners, None if served else next(iter(around(model, owners)), ""))
     return made
+
+
+def was_cleared(way: Way | None, left: tuple[Callable, int] | None) -> bool:
+    """Whether a gradient was cleared since a backward pass left it: it is None, or it was changed to zeros."""
+    grad: Any = way.parameter.grad if way else None
+    if grad is None:
+        return True
+    kept, version = left or (lambda: None, 0)
+    return (kept() is not grad or grad._version != version) and not grad.any()
+
+
+class Kept:
+    """Whose calls are kept: of layers with rules, of modules that run again, of all that an unchecked one may need."""
+
+    def __init__(self, model: nn.Module, ways: Mapping[str, Way], unchecked: Collection[str], rules: Mapping) -> None:
+        self.by_rule: dict[str, list[tuple[str, str]]] = {}  # path: [(key, parameter's name)]
+        self.rules: dict[str, Any] = {}
+        self.again: dict[str, list[str]] = {}  # path: parameters' names
+        self.candidates: set[str] = set()
+        for name, way in ways.items():
+            if way.again is None:
+                for owner in way.owners:
+                    self.by_rule.setdefault(owner.path, []).append((owner.key, name))
+                    self.rules[owner.path] = rule_of(owner.module, rules)
+            elif not way.shared:
+                self.again.setdefault(way.again, []).append(name)
+            if name in unchecked:
+                self.candidates.update(around(model, way.owners))
 
 
 def explain_model(model: nn.Module, rules: Mapping[type, Callable]) -> Iterator[Served]:

@@ -7,9 +7,8 @@ autograd has added to its gradient, and only then do the samples count.
 from __future__ import annotations
 
 import itertools
-import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,11 +22,13 @@ from sgsc_core.checks import (
     refuse_coupled,
     refuse_place,
     refuse_second_backward,
+    warn_of_direct_calls,
 )
 from sgsc_core.confirm import confirm
 from sgsc_core.look import Axes, second_look
-from sgsc_core.plan import above, around, problems_of, rule_of, ways
+from sgsc_core.plan import Kept, above, problems_of, was_cleared, ways
 from sgsc_core.rules import Rule
+from sgsc_core.shared import Shared, follow
 from sgsc_core.sums import Summing, Sums
 
 
@@ -64,8 +65,8 @@ class Recorder:
     def hook(self) -> None:
         """Set all hooks, for the parameters as they are now."""
         self.remove()
-        model, found = self.model, ways(self.model, self.rules)
-        self.ways = {name: way for name, way in found.items() if way.parameter.requires_grad}
+        model, found = self.model, ways(self.model, self.rules).items()
+        self.ways = {name: way for name, way in found if way.parameter.requires_grad}
         self.parameters = [(p, p.requires_grad) for p in model.parameters()]
         self.hooks = [model.register_forward_pre_hook(Hook(self.on_model, model), prepend=True, with_kwargs=True)]
         self.hooks.append(model.register_forward_hook(Hook(self.on_model_end, model), always_call=True))
@@ -78,8 +79,8 @@ class Recorder:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 self.hooks.append(module.register_forward_pre_hook(Hook(self.on_batch_norm, module, path)))
         for name, way in self.ways.items():
-            self.hooks.append(way.parameter.register_hook(partial(self.on_gradient, name)))
-            after_sum = partial(self.on_accumulated, name)
+            before_sum, after_sum = partial(self.on_gradient, name), partial(self.on_accumulated, name)
+            self.hooks.append(way.parameter.register_hook(before_sum))
             self.hooks.append(way.parameter.register_post_accumulate_grad_hook(after_sum))
         self.plan()
 
@@ -89,20 +90,7 @@ class Recorder:
         self.hooks = []
 
     def plan(self) -> None:
-        """Whose calls are kept: layers with rules, modules that run again, and all that an unchecked one may need."""
-        self.by_rule: dict[str, list[tuple[str, str]]] = {}  # path: [(key, parameter's name)]
-        self.rule_at: dict[str, Any] = {}
-        self.again: dict[str, list[str]] = {}  # path: parameters' names
-        self.candidates: set[str] = set()
-        for name, way in self.ways.items():
-            if way.again is None:
-                for owner in way.owners:
-                    self.by_rule.setdefault(owner.path, []).append((owner.key, name))
-                    self.rule_at[owner.path] = rule_of(owner.module, self.rules)
-            else:
-                self.again.setdefault(way.again, []).append(name)
-            if name in self.unchecked:
-                self.candidates.update(around(self.model, way.owners))
+        self.kept = Kept(self.model, self.ways, self.unchecked, self.rules)
         self.summing.total = not self.unchecked.isdisjoint(self.ways)
 
     # -- a forward pass ------------------------------------------------------------------------------------------------
@@ -122,15 +110,25 @@ class Recorder:
             if not self.looked and rows > 1:
                 self.axes, self.looked = second_look(model, args, kwargs, rows), True
 
-    def on_model_end(self, *_: Any) -> None:
-        self.running = False
+    def on_model_end(self, _: str, model: nn.Module, args: tuple, output: Any) -> None:
+        """Find in autograd's graph where what all samples share meets them, of parameters that may be served so."""
+        self.running, this = False, self.current
+        if this is None or this.rows < 2 or not is_training_pass():
+            return
+        wanted: dict[Any, Shared] = {node: Shared(call.shapes[0], this, call) for node, call in self.lone}
+        self.shared |= {name: shared for shared in wanted.values() for name in shared.names}
+        for name, way in self.ways.items():
+            if way.again is not None and (way.shared or name in self.unchecked):
+                wanted[way.parameter] = self.shared[name] = Shared(way.parameter.shape, this)
+        if wanted:
+            follow(tensors_in(output), wanted)
 
     def on_batch_norm(self, path: str, module: nn.Module, *_: Any) -> None:
         if is_training_pass():
             refuse_coupled(path, module)
 
     def on_entry(self, path: str, module: nn.Module, *_: Any) -> None:
-        if is_training_pass() and (path in self.again or path in self.candidates):
+        if is_training_pass() and (path in self.kept.again or path in self.kept.candidates):
             self.random[path] = RandomState(module)
 
     def start_pass(self, rows: int) -> Pass:
@@ -150,19 +148,23 @@ class Recorder:
         self.made: dict[str, Sums] = {}  # what this backward pass has added
         self.before: dict[str, Sums | None] = {}  # and to what
         self.misplaced: list[str] = []  # layers whose samples were not found
+        self.lone: list[tuple[Any, Call]] = []  # calls of layers without them, and autograd's nodes of their outputs
+        self.shared: dict[str, Shared] = {}  # what all samples share, by the parameter that it comes from
 
     def on_call(self, path: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        own, again = self.by_rule.get(path, []), self.again.get(path, [])
-        if not (own or again or path in self.candidates) or not is_training_pass():
+        own, again = self.kept.by_rule.get(path, []), self.kept.again.get(path, [])
+        if not (own or again or path in self.kept.candidates) or not is_training_pass():
             return
         this = self.pass_of(path, args, kwargs)
         call = Call(path, module, args, kwargs, output, this, self.random.pop(path, None))
         call.names = {*(name for _, name in own), *again}
-        call.served, call.rule = bool(call.names), self.rule_at.get(path)
+        call.served, call.rule = bool(call.names), self.kept.rules.get(path)
         if looked := self.axes.get(path):
             call.place(looked[min(this.calls.get(path, 0), len(looked) - 1)])
         this.calls[path] = this.calls.get(path, 0) + 1
         this.autocast |= bool(call.autocast["enabled"])
+        if call.rule and call.output_axes == [None] and isinstance(output, Tensor):
+            self.lone.append((output.grad_fn, call))
         for k, leaf in enumerate(tensors_in(output)):
             if leaf.requires_grad:
                 hooked = behind(leaf, call)
@@ -179,11 +181,7 @@ class Recorder:
                 self.forget_calls()
                 if not self.looked:
                     self.looked = True
-                    warnings.warn(
-                        "SGSC sees layers called without the model's own forward pass. So it takes their first axis "
-                        "for that of the samples and does not know whether these keep apart.",
-                        stacklevel=2,
-                    )
+                    warn_of_direct_calls()
             return self.start_pass(rows_of(args, kwargs) or 0)
         return self.current
 
@@ -201,11 +199,11 @@ class Recorder:
             call.arrived = True
             for name in call.names:
                 self.arrived.setdefault(name, []).append(call)
-            if call.path in self.candidates:
+            if call.path in self.kept.candidates:
                 self.tried.setdefault(call.path, []).append(call)
 
     def on_backward(self) -> int:
-        """Autograd's number of this backward pass, at whose end is looked at what the pass has left."""
+        """Autograd's number of this backward pass, whose end is asked for."""
         task = torch._C._current_graph_task_id()
         if task not in self.open:
             if not self.open:
@@ -219,7 +217,7 @@ class Recorder:
         task = self.on_backward()
         if task not in self.began:
             self.began.add(task)
-            cleared = [name for name in self.sums if self.is_cleared(name)]
+            cleared = [old for old in self.sums if was_cleared(self.ways.get(old), self.left.get(old))]
             if self.gated or len(cleared) == len(self.sums):
                 self.start_statistic()
             for old in cleared:
@@ -228,21 +226,25 @@ class Recorder:
         if name in self.unchecked:
             self.given[name] = gradient.detach()
 
-    def is_cleared(self, name: str) -> bool:
-        """Whether a gradient was cleared since: it is None, or it was changed to zeros."""
-        grad = self.ways[name].parameter.grad if name in self.ways else None
-        if grad is None:
-            return True
-        kept, version = self.left.get(name, (lambda: None, 0))
-        return (kept() is not grad or grad._version != version) and not grad.any()
-
     def on_accumulated(self, name: str, p: nn.Parameter) -> None:
         self.fresh.append(name)
         if p.grad is not None:
             self.left[name] = weakref.ref(p.grad), p.grad._version
-        if self.ways[name].again is None and (calls := self.arrived.pop(name, [])):
-            with exactly(p):
+        calls, shared = self.arrived.get(name, []), self.shared.get(name)
+        with exactly(p):
+            if shared and shared.explains(calls):
+                self.add(name, [shared], self.of_shared(name, shared))
+            elif self.ways[name].again is None and calls:
                 self.add(name, calls, self.of_rules(name, calls))
+            else:
+                return  # a module is run again at the end, or nothing is known of it
+            self.arrived.pop(name, None)
+
+    def of_shared(self, name: str, shared: Shared) -> Sums | None:
+        shared.used = True
+        if shared.call is None:
+            return self.summing(shared.errors)
+        return self.of_rules(name, [shared.spread()])
 
     def of_rules(self, name: str, calls: list[Call]) -> Sums | None:
         if not calls[0].rows:
@@ -253,7 +255,7 @@ class Recorder:
                 refuse_place(where, shape, lost[0].rows)
             self.misplaced.append(f"{where} gives {shape}, where no axis holds the {lost[0].rows} samples")
             return None  # so that the check looks for another way
-        uses = [(call, key) for call in calls for key, own in self.by_rule[call.path] if own == name]
+        uses = [(call, key) for call in calls for key, own in self.kept.by_rule[call.path] if own == name]
         if len(uses) > 1:
             return self.summing.of_uses(uses)
         call, key = uses[0]
@@ -267,11 +269,10 @@ class Recorder:
         found = self.summing.of_module(calls, {key: self.ways[name].parameter for key, name in keys.items()})
         return {keys[key]: sums for key, sums in found.items()}
 
-    def add(self, name: str, calls: list[Call], found: Sums | None) -> None:
+    def add(self, name: str, calls: Sequence[Any], found: Sums | None) -> None:
         if len({id(call.this) for call in calls}) > 1:
             refuse_second_backward(calls[0].path)
-        this = calls[0].this
-        if not this.counted:
+        if not (this := calls[0].this).counted:
             this.counted = True
             self.total += this.rows
         self.changed = True
@@ -281,12 +282,12 @@ class Recorder:
             self.made[name], self.sums[name] = found, found + self.before[name]
         for call in calls:
             call.names.discard(name)
-            if not call.names and call.path not in self.candidates:
+            if not call.names and call.path not in self.kept.candidates:
                 call.release()
 
     def on_backward_end(self, task: int) -> None:
         with torch.no_grad(), exactly(*(self.ways[name].parameter for name in self.fresh[:1])):
-            for path, names in self.again.items():
+            for path, names in self.kept.again.items():
                 if wanted := [name for name in names if name in self.fresh and name in self.arrived]:
                     calls = self.arrived[wanted[0]]
                     found = self.of_module(path, calls, wanted)

@@ -593,3 +593,32 @@ def test_two_samples_do_not_need_memory_for_the_vocabulary():
         loss_of(model, torch.randint(1000, (2, 3)), torch.tensor([0, 1])).backward()
     assert max(largest) == 1000 * 4  # the gradient and the sums; B of them would be 8,000
     assert (sgsc.consistency()["0.weight"] > 0).any()
+
+
+def test_what_all_samples_share_is_not_run_again_and_dropout_does_not_matter():
+    """A small GPT: tied embeddings, positions by arange, one token in front, dropout; as many positions as samples."""
+    torch.manual_seed(0)
+    parts = {"tokens": nn.Embedding(7, 8), "positions": nn.Embedding(6, 8), "head": nn.Linear(8, 7, bias=False)}
+    parts |= {"block": nn.Linear(8, 8), "first": nn.Parameter(torch.randn(1, 1, 8))}
+    parts["head"].weight = parts["tokens"].weight
+
+    def forward(self, ids):
+        x = self.tokens(ids) + self.positions(torch.arange(6)).unsqueeze(0)
+        x = torch.cat([self.first.expand(len(x), -1, -1), F.dropout(x, 0.2)], 1)
+        return self.head(x + F.dropout(self.block(x.transpose(1, 2).mT).relu(), 0.2)).mean(1)
+
+    model, x, y = Made(forward, **parts).double(), torch.randint(7, (6, 6)), torch.randint(7, (6,))
+    sgsc = SGSC(model, gamma=1.0)
+    for _ in range(2):  # the second pass is not checked any more
+        model.zero_grad()
+        torch.manual_seed(1)
+        F.cross_entropy(model(x), y).backward()
+        c = sgsc.consistency()
+    computed = dict(zip(sgsc.summary()["parameter"], sgsc.summary()["computed"], strict=True))
+    assert computed["first"] == computed["positions.weight"] == "its part of a broadcast"
+    assert computed["tokens.weight"] == "embedding_rule, linear_rule"
+    sgsc.remove()
+    torch.manual_seed(1)
+    losses, own = F.cross_entropy(model(x), y, reduction="none"), dict(model.named_parameters())
+    rows = [torch.autograd.grad(loss, own.values(), retain_graph=True) for loss in losses]
+    assert_consistency(c, {name: torch.stack(g) for name, g in zip(own, zip(*rows, strict=True), strict=True)})
