@@ -170,8 +170,9 @@ def with_dropout(name: str) -> dict[str, Any]:
     mean = {name: p.grad for name, p in parameters.items()}
     rounding = 10 * max((g.mean(0) - mean[name]).abs().max() for name, g in gradients.items())
     for name, g in gradients.items():
-        noise = (g != 0) & (g.abs() < rounding)
-        differing += int(((sign_consistency(g) != c[name]) & ~noise.any(0)).sum())
+        doubtful = (g.abs() < rounding).sum(0) * (mean[name] != 0)  # zero in one of the two, noise in the other
+        off = (sign_consistency(g) - c[name]).abs() * len(g)
+        differing += int((off > 2 * doubtful + 1e-3).sum())
     return {"differing_dropout": differing}
 
 
