@@ -159,7 +159,7 @@ def copy_repository(to: Path) -> Path:
 
 def environment(root: Path) -> dict[str, str]:
     """This process's environment, with the modules of `root` in place of this repository's."""
-    own = {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "JUPYTER_PATH": f"{sys.prefix}/share/jupyter", MARK: root}
+    own = {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", MARK: root}
     return {k: v for k, v in os.environ.items() if k != "SGSC_CACHE"} | {k: str(v) for k, v in own.items()}
 
 
