@@ -40,8 +40,8 @@ SETTINGS = {  # below the home
     ".local/share/jupyter/nbconvert/templates/base/display_priority.j2": "nothing",
 }
 VARIABLES = {
-    "PYTHONOPTIMIZE": "2", "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "MPLBACKEND": "pdf",
-    "PYTHONCOERCECLOCALE": "0", "LC_ALL": "de_DE.ISO-8859-1", "LANGUAGE": "de", "COLUMNS": "20", "TZ": "Asia/Tokyo",
+    "PYTHONOPTIMIZE": "2", "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "ascii", "MPLBACKEND": "pdf",
+    "LC_ALL": "de_DE.ISO-8859-1", "LANGUAGE": "de", "COLUMNS": "20", "TZ": "Asia/Tokyo",
     "JUPYTER_PREFER_ENV_PATH": "0", "PYTHONHASHSEED": "7", "JOBLIB_START_METHOD": "fork",
 }  # fmt: skip
 FOLDERS = {
