@@ -38,7 +38,6 @@ import papermill
 from filelock import FileLock, Timeout
 from findings import findings, update_readme
 from manifest import BuildError, minutes, sha256
-from nbclient.exceptions import DeadKernelError
 from page import render
 from papermill.exceptions import PapermillExecutionError
 from plan import Place, list_all, parameters_of, read_profile
@@ -78,13 +77,15 @@ def run_notebook(place: Place, stem: str, parameters: dict[str, Any]) -> None:
     try:
         papermill.execute_notebook(
             place.notebook(stem), output, parameters, kernel_name="python3", progress_bar=False,
-            cwd=place.root, stdout_file=sys.stdout, stderr_file=sys.stderr,
+            start_timeout=600, cwd=place.root, stdout_file=sys.stdout, stderr_file=sys.stderr,
             # no other user of the machine can listen in
             config=Config({"KernelManager": {"transport_encryption": "auto"}}),
-            # a kernel that is told to end calls that an ERROR; a history would need a disk that can lock files
-            extra_arguments=["--log-level=CRITICAL", "--HistoryManager.enabled=False"],
+            # a kernel that is told to end calls that an ERROR
+            extra_arguments=["--log-level=CRITICAL"],
         )  # fmt: skip
-    except (PapermillExecutionError, DeadKernelError) as error:
+    except (PapermillExecutionError, RuntimeError) as error:
+        if type(error) is RuntimeError:  # what Jupyter says of a kernel that does not start
+            raise BuildError(f"{stem}: {error}. Start the build again.") from None
         cells = nbformat.read(output, as_version=4).cells
         ran = [cell for cell in cells if cell.metadata.get("papermill", {}).get("start_time")]  # the last one failed
         number = sum("injected-parameters" not in cell.metadata.get("tags", []) for cell in ran)
