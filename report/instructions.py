@@ -27,7 +27,7 @@ if CPUINFO.exists() and " avx2 " in CPUINFO.read_text():
 OWN_MODULES = {"PYTHONPATH", "PYTHONHOME", "PYTHONUSERBASE", "PYTHONNOUSERSITE"}
 for name in {name for name in os.environ if name.startswith("PYTHON")} - OWN_MODULES | {"MPLBACKEND"}:
     os.environ.pop(name, None)
-os.environ |= {"PYTHONUTF8": "1", "MATPLOTLIBRC": str(Path(__file__).with_name("sgsc.mplstyle"))}
+os.environ |= {"PYTHONUTF8": "1", "PYTHONSAFEPATH": "1", "MATPLOTLIBRC": str(Path(__file__).with_name("sgsc.mplstyle"))}
 
 
 @contextmanager

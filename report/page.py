@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import math
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -30,6 +31,7 @@ TEMPLATE = Path(__file__).resolve().parent / "template"
 UPLOT = TEMPLATE / "uplot-1.6.32"  # as the npm registry has it: 50 kB with bands and log scales, where others take 200
 CITATION = TEMPLATE.parent.parent / "CITATION.cff"
 SIZE_LIMIT = 6_000_000  # bytes of one page
+os.environ["PYPANDOC_PANDOC"] = str(Path(pypandoc.__file__).with_name("files") / "pandoc")  # none of the user's own
 PANDOC = ["--mathml", "--shift-heading-level-by=1", "--wrap=none", "--syntax-highlighting=none"]  # # is an h2
 # GitHub's dialect, as JupyterLab reads a cell: it knows no YAML block, no footnotes, no emoji by name and no alerts.
 READER = "gfm+tex_math_dollars+smart-tex_math_gfm-yaml_metadata_block-footnotes-emoji-alerts"

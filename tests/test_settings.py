@@ -1,5 +1,6 @@
 """A build under settings of a user's own: the same page and the same results. Slow."""
 
+import os
 import shutil
 
 import pytest
@@ -29,6 +30,7 @@ IPYTHON = 'c.InteractiveShell.ast_node_interactivity = "all"\nc.InlineBackend.fi
 CLEAR = '{"preprocessors": {"1": {"type": "nbconvert.preprocessors.ClearOutputPreprocessor", "enabled": true}}}'
 KERNEL = '{"argv": ["false"], "display_name": "decoy", "language": "python"}'
 SETTINGS = {  # below the home
+    "bin/pandoc": "#!/bin/sh\necho pandoc 99.9",
     ".ipython/profile_default/ipython_config.py": IPYTHON,
     ".ipython/profile_default/startup/00.py": STARTUP,
     "startup.py": STARTUP,
@@ -45,8 +47,8 @@ VARIABLES = {
     "JUPYTER_PREFER_ENV_PATH": "0", "PYTHONHASHSEED": "7", "JOBLIB_START_METHOD": "fork",
 }  # fmt: skip
 FOLDERS = {
-    "HOME": "", "PYTHONSTARTUP": "startup.py", "IPYTHONDIR": ".ipython", "JUPYTER_CONFIG_DIR": ".jupyter",
-    "JUPYTER_DATA_DIR": ".local/share/jupyter", "MATPLOTLIBRC": ".config/matplotlib",
+    "HOME": "", "PYPANDOC_PANDOC": "bin/pandoc", "PYTHONSTARTUP": "startup.py", "IPYTHONDIR": ".ipython",
+    "JUPYTER_CONFIG_DIR": ".jupyter", "JUPYTER_DATA_DIR": ".local/share/jupyter", "MATPLOTLIBRC": ".config/matplotlib",
 }  # fmt: skip
 
 
@@ -66,8 +68,10 @@ def test_page_and_results_are_the_same_whatever_the_user_has_set(tmp_path, monke
     for path, text in SETTINGS.items():
         (home / path).parent.mkdir(parents=True, exist_ok=True)
         (home / path).write_text(text)
+    (home / "bin/pandoc").chmod(0o755)
     for folder in [home, *(path for path in home.rglob("*") if path.is_dir())]:
         folder.chmod(0o555)
     for name, value in (VARIABLES | {name: str(home / folder) for name, folder in FOLDERS.items()}).items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", f"{home}/bin", prepend=os.pathsep)
     assert run_build(root, "toy") == tables and timeless() == page
