@@ -80,8 +80,8 @@ def run_notebook(place: Place, stem: str, parameters: dict[str, Any]) -> None:
             start_timeout=600, cwd=place.root, stdout_file=sys.stdout, stderr_file=sys.stderr,
             # no other user of the machine can listen in
             config=Config({"KernelManager": {"transport_encryption": "auto"}}),
-            # a kernel that is told to end calls that an ERROR; a user's random.py beside README.md is not Python's
-            extra_arguments=["--log-level=CRITICAL", "--IPKernelApp.ignore_cwd=True"],
+            # a kernel that is told to end calls that an ERROR
+            extra_arguments=["--log-level=CRITICAL"],
         )  # fmt: skip
     except (PapermillExecutionError, RuntimeError) as error:
         if type(error) is RuntimeError:  # what Jupyter says of a kernel that does not start

@@ -23,7 +23,8 @@ if CPUINFO.exists() and " avx2 " in CPUINFO.read_text():
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)
 
-# What Python, IPython, Jupyter and matplotlib are told changes what notebooks print; where modules are found stays.
+# What Python, IPython, Jupyter and matplotlib are told changes what notebooks print; where modules are found stays. With
+# PYTHONSAFEPATH a user's random.py beside README.md is not taken for Python's.
 OWN_MODULES = {"PYTHONPATH", "PYTHONHOME", "PYTHONUSERBASE", "PYTHONNOUSERSITE"}
 for name in {name for name in os.environ if name.startswith("PYTHON")} - OWN_MODULES | {"MPLBACKEND"}:
     os.environ.pop(name, None)

@@ -118,7 +118,7 @@ display(HTML({FIGURE.replace("fig-a", "fig-b")!r}))
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory) -> Path:
-    """A repository with the profile `toy`, built. Decoys of a kernel and a module, and a user's settings, lay in wait."""
+    """A repository with the profile `toy`, built. A kernel, a module and settings of a user lay in wait."""
     root, home = tmp_path_factory.mktemp("repository"), tmp_path_factory.mktemp("home")
     write_notebook(root / "notebooks/01_first.ipynb", *FIRST)
     write_notebook(root / "notebooks/02_second.ipynb", *SECOND)
