@@ -133,7 +133,7 @@ def run(place: Place, plan: dict[str, dict[str, Any]], todo: list[str]) -> None:
         before, cached = manifest.written(place.results), manifest.cached_stacks()
         of_what, started, start = fingerprint(place, stem, plan[stem]), manifest.now(), time.monotonic()
         tries = place.executed(stem).with_name(f".{stem}.tries.json")  # what earlier ones, that failed, have trained
-        took = {"parameters": plan[stem], "stacks": 0, "seconds": 0.0}
+        took: dict[str, Any] = {"parameters": plan[stem], "stacks": 0, "seconds": 0.0}
         if tries.exists() and (before_that := json.loads(tries.read_text()))["parameters"] == plan[stem]:
             took = before_that
         try:
@@ -218,6 +218,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
 
 
 if __name__ == "__main__":
+    stream: Any
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter stops no build
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the kernel too, as Ctrl-C does

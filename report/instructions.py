@@ -23,12 +23,11 @@ if CPUINFO.exists() and " avx2 " in CPUINFO.read_text():
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)
 
-# What Python, IPython, Jupyter and matplotlib are told changes what notebooks print; where modules are found stays. With
-# PYTHONSAFEPATH a user's random.py beside README.md is not taken for Python's.
+# What Python and matplotlib are told changes what notebooks print; where modules are found stays as it is.
 OWN_MODULES = {"PYTHONPATH", "PYTHONHOME", "PYTHONUSERBASE", "PYTHONNOUSERSITE"}
 for name in {name for name in os.environ if name.startswith("PYTHON")} - OWN_MODULES | {"MPLBACKEND"}:
     os.environ.pop(name, None)
-os.environ |= {"PYTHONUTF8": "1", "PYTHONSAFEPATH": "1", "MATPLOTLIBRC": str(Path(__file__).with_name("sgsc.mplstyle"))}
+os.environ |= {"PYTHONUTF8": "1", "MATPLOTLIBRC": str(Path(__file__).with_name("sgsc.mplstyle"))}
 
 
 @contextmanager
@@ -39,6 +38,7 @@ def without_settings() -> Iterator[None]:
         for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
             os.environ[name] = empty
         os.environ["JUPYTER_PATH"] = f"{sys.prefix}/share/jupyter"  # so that `python3` is this interpreter's kernel
+        os.environ["PYTHONSAFEPATH"] = "1"  # a random.py beside README.md is not Python's
         try:
             yield
         finally:
