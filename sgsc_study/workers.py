@@ -148,6 +148,11 @@ def on_workers(scheduler: str, n_jobs: int, n_tasks: int) -> Iterator[Callable[[
         told = f"`scheduler` should be a running Dask scheduler's tcp://host:port. Found {scheduler!r}: {error}"
         raise ValueError(told) from None
     with client:
+        try:
+            client.wait_for_workers(1, timeout=PATIENCE)
+        except TimeoutError:
+            told = f"`scheduler` should have a worker. Found none at {scheduler} in {PATIENCE} seconds."
+            raise RuntimeError(told) from None
         refuse_strangers(client)
         try:
             yield partial(on_cluster, client)
@@ -159,12 +164,7 @@ def on_workers(scheduler: str, n_jobs: int, n_tasks: int) -> Iterator[Callable[[
 
 
 def refuse_strangers(client: Any) -> None:
-    """Wait for a worker, PATIENCE seconds at most, and refuse those that compute otherwise, or not at all."""
-    try:
-        client.wait_for_workers(1, timeout=PATIENCE)
-    except TimeoutError:
-        told = f"`scheduler` should have a worker. Found none at {client.scheduler.address} within {PATIENCE} seconds."
-        raise RuntimeError(told) from None
+    """Refuse the cluster's workers that compute otherwise than this process, or not at all."""
     for address, found in client.run(engine_version, on_error="return").items():
         refuse_stranger(address, engine_version(), found)
 
@@ -174,13 +174,14 @@ def on_cluster(client: Any, jobs: Sequence[Callable[[], Any]], label: str | None
 
     Under the `label` it prints how many workers there are, whenever that changes.
     """
-    left, handed_out, known, seen = iter(jobs), deque(), {}, time.monotonic()
+    left, handed_out, known, seen, told = iter(jobs), deque(), {}, time.monotonic(), 0
     while True:
         threads = client.nthreads()
         if not threads and time.monotonic() - seen > PATIENCE:
             raise RuntimeError(f"The workers of the `scheduler`, {[*known]}, are gone for {PATIENCE} seconds.")
-        if label and len(threads) != len(known):
+        if label and len(threads) != told:
             print(f"  {label}: number of workers: {len(threads)}", file=sys.stderr)
+        told = len(threads)
         if threads:
             known, seen = threads, time.monotonic()
         room = max(4 * sum(threads.values()), 1) - len(handed_out)

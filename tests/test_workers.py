@@ -130,7 +130,7 @@ def test_a_cluster_that_has_lost_its_workers_or_has_none_ends_in_an_error(dask, 
     monkeypatch.setattr(workers, "PATIENCE", 60)
     with on_workers(address, 1, 1) as run:
         monkeypatch.setattr(workers, "PATIENCE", 3)
-        with pytest.raises(RuntimeError, match=r"`scheduler`.*tcp://127\.0\.0\.1:\d+"):
+        with pytest.raises(RuntimeError, match=r"\['tcp://127\.0\.0\.1:\d+'\], are gone"):
             list(run([partial(os._exit, 3)], "exit"))
     assert "exit: number of workers: 1" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match=f"`scheduler`.*{address}"), on_workers(address, 1, 1):
