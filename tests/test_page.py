@@ -12,6 +12,7 @@ from urllib.parse import unquote_to_bytes
 
 import findings
 import manifest
+import nbformat
 import page as report
 import pandas as pd
 import pytest
@@ -85,6 +86,12 @@ def test_a_page_too_big_is_refused_by_the_name_of_its_biggest_result(render, tmp
     (tmp_path / "big.csv").write_text("0" * 100_000)
     with pytest.raises(report.BuildError, match=r"100,000.*big\.csv"):
         render(data=[tmp_path / "big.csv"])
+
+
+def test_a_cell_for_the_notebook_alone_is_not_on_the_page(render):
+    links = nbformat.v4.new_markdown_cell("[elsewhere](../x.html)", metadata={"tags": ["notebook-only"]})
+    page = render(links, "and this")
+    assert "elsewhere" not in page and "and this" in page
 
 
 def test_no_line_starts_with_the_comma_after_a_formula(render):
