@@ -107,7 +107,7 @@ def name_lines(ax: Any, ends: Mapping[str, tuple[float, str]], *, fontsize: floa
     shown = {name: value for name, (value, _) in ends.items() if np.isfinite(value)}
     where = ax.transData.transform([(0, value) for value in shown.values()] or np.empty((0, 2)))
     height = dict(zip(shown, ax.transAxes.inverted().transform(where)[:, 1], strict=True))
-    order = sorted(height, key=height.get)
+    order = sorted(height, key=height.get)  # type: ignore[arg-type]  # every name has a height
     for _ in range(200):  # neighbours that are too close move apart
         for below, above in pairwise(order):
             if (near := (size[below] + size[above]) / 2 - (height[above] - height[below])) > 0:
