@@ -281,7 +281,10 @@ def render(
         template_name=TEMPLATE.name,
         preprocessors=[KeepOurs],
         filters={"markdown": markdown, "number": number, "csp_hash": csp_hash, "minutes": minutes, "quote": quote},
-        config={"NbConvertBase": {"display_data_priority": ["text/html", "text/markdown", "text/plain"]}},
+        config={
+            "NbConvertBase": {"display_data_priority": ["text/html", "text/markdown", "text/plain"]},
+            "TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": ["notebook-only"]},  # links to the page
+        },
     )
     html, _ = exporter.from_notebook_node(merge(executed), {"page": page})
     if (size := len(html.encode())) > SIZE_LIMIT:

@@ -89,6 +89,12 @@ def test_a_page_too_big_is_refused_by_the_name_of_its_biggest_result(render, tmp
         render(data=[tmp_path / "big.csv"])
 
 
+def test_a_cell_for_the_notebook_alone_is_not_on_the_page(render):
+    links = nbformat.v4.new_markdown_cell("[elsewhere](../x.html)", metadata={"tags": ["notebook-only"]})
+    page = render(links, "and this")
+    assert "elsewhere" not in page and "and this" in page
+
+
 def test_no_line_starts_with_the_comma_after_a_formula(render):
     cell = BeautifulSoup(render("Let $a$, $b$**c**, $d$).\n\n- $e$"), "html.parser").find(id="01_one-2")
     assert [span.get_text() for span in cell.select(".joined")] == ["a,", "d)."]

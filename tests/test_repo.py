@@ -56,6 +56,8 @@ def test_notebooks_are_clean_and_small_and_every_parameter_has_a_type_a_default_
     code = [cell for cell in cells if cell.cell_type == "code"]
     assert all(not cell.outputs and cell.execution_count is None for cell in code), "run `nbstripout` on it"
     assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ") and "**Question.**" in cells[0].source
+    shown = re.search(r"\]\(\.\./report/sgsc\.html#(\S+?)\)", cells[1].source)
+    assert shown[1] == ("explorer" if path.stem == "playground" else f"nb-{path.stem}"), "its section of the page"
     for text in ("What this shows, and what it does not", "**Try this.**"):
         assert text in cells[-1].source, f"the last cell of {path.name} should hold {text!r}"
     assert sum("begin(globals())" in cell.source for cell in code) == 1, "it sets one thread and checks the parameters"
