@@ -14,12 +14,18 @@ previous one, and the next build reads from the cache what was trained by then.
 
 from __future__ import annotations
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # where PYTHONSAFEPATH is set, Python does not
+import instructions  # before NumPy
+
+# isort: split
 import argparse
 import json
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +38,6 @@ import papermill
 from filelock import FileLock, Timeout
 from findings import findings, update_readme
 from manifest import BuildError, minutes, sha256
-from nbclient.exceptions import DeadKernelError
 from page import render
 from papermill.exceptions import PapermillExecutionError
 from plan import Place, list_all, parameters_of, read_profile
@@ -68,18 +73,19 @@ def run_notebook(place: Place, stem: str, parameters: dict[str, Any]) -> None:
     """Run one notebook with this interpreter's kernel; BuildError names the cell that failed."""
     executed = place.executed(stem)
     output = executed.with_name(f".{stem}.part.ipynb")  # papermill writes after each cell
-    settings = executed.with_name(".ipython")  # empty, so that no user's own settings print more on the page
-    settings.mkdir(parents=True, exist_ok=True)
+    executed.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(
             place.notebook(stem), output, parameters, kernel_name="python3", progress_bar=False,
-            cwd=place.root, stdout_file=sys.stdout, stderr_file=sys.stderr,
+            start_timeout=600, cwd=place.root, stdout_file=sys.stdout, stderr_file=sys.stderr,
             # no other user of the machine can listen in
             config=Config({"KernelManager": {"transport_encryption": "auto"}}),
             # a kernel that is told to end calls that an ERROR
-            extra_arguments=["--log-level=CRITICAL", f"--ipython-dir={settings}"],
+            extra_arguments=["--log-level=CRITICAL"],
         )  # fmt: skip
-    except (PapermillExecutionError, DeadKernelError) as error:
+    except (PapermillExecutionError, RuntimeError) as error:
+        if type(error) is RuntimeError:  # what Jupyter says of a kernel that does not start
+            raise BuildError(f"{stem}: {error}. Start the build again.") from None
         cells = nbformat.read(output, as_version=4).cells
         ran = [cell for cell in cells if cell.metadata.get("papermill", {}).get("start_time")]  # the last one failed
         number = sum("injected-parameters" not in cell.metadata.get("tags", []) for cell in ran)
@@ -93,13 +99,12 @@ def run_notebook(place: Place, stem: str, parameters: dict[str, Any]) -> None:
 
 def build(profile: str, only: str | None = None, root: Path = ROOT) -> Path | None:
     """Run a profile's notebooks (or the `only` one) and write its page; None: a notebook is still out of date."""
-    os.environ["JUPYTER_PATH"] = f"{sys.prefix}/share/jupyter"  # so that `python3` is this interpreter's kernel
     place = Place(profile, root)
     plan = read_profile(place)
     todo = [stem for stem in plan if stem.startswith(only or "")]
     if only and len(todo) != 1:
         raise BuildError(f"--only should be the start of one of {', '.join(plan)}. Found {only!r}.")
-    with locked(place):
+    with locked(place), instructions.without_settings():
         run(place, plan, todo)
         return write_page(place, plan)
 
@@ -128,7 +133,7 @@ def run(place: Place, plan: dict[str, dict[str, Any]], todo: list[str]) -> None:
         before, cached = manifest.written(place.results), manifest.cached_stacks()
         of_what, started, start = fingerprint(place, stem, plan[stem]), manifest.now(), time.monotonic()
         tries = place.executed(stem).with_name(f".{stem}.tries.json")  # what earlier ones, that failed, have trained
-        took = {"parameters": plan[stem], "stacks": 0, "seconds": 0.0}
+        took: dict[str, Any] = {"parameters": plan[stem], "stacks": 0, "seconds": 0.0}
         if tries.exists() and (before_that := json.loads(tries.read_text()))["parameters"] == plan[stem]:
             took = before_that
         try:
@@ -213,5 +218,8 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
 
 
 if __name__ == "__main__":
+    stream: Any
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter stops no build
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the kernel too, as Ctrl-C does
     sys.exit(main())

@@ -93,10 +93,12 @@ def readme(text: str, manifest: dict[str, Any], said: dict[str, str], page: str)
     training = [entry["training"] for entry in manifest["notebooks"].values()]
     machines = " and ".join(sorted({trained["machine"] for trained in training}))
     took = minutes(sum(trained["seconds"] for trained in training))
+    each = ", ".join(f"{k[:2]} {minutes(t['seconds'])}" for k, t in zip(manifest["notebooks"], training, strict=True))
     for name, content in {
         "findings": f"{said['abstract']}\n\n{picture}",
         "use": said["use"],
-        "time": f"With an empty cache, the notebooks of `make report` took {took} in all on {machines}.",
+        "time": f"With an empty cache, the notebooks of `make report` took {took} in all on {machines}. "
+        f"By notebook: {each}.",
     }.items():
         marked = re.search(f"<!-- {name}: .*? -->\n(.*?)<!-- /{name} -->", text, re.DOTALL)
         if marked is None:

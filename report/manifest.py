@@ -46,10 +46,13 @@ def minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def written(folder: Path) -> dict[str, int]:
-    """When each CSV and JSON file in a folder of results was written, the manifest aside."""
+def written(folder: Path) -> dict[str, tuple[int, int]]:
+    """What differs once a CSV or JSON file in a folder, the manifest aside, is written again: its time and its inode.
+
+    A clock that is set back may repeat a time.
+    """
     paths = sorted(path for path in folder.iterdir() if path.suffix in (".csv", ".json"))
-    return {path.name: path.stat().st_mtime_ns for path in paths if path.name != "manifest.json"}
+    return {p.name: (p.stat().st_mtime_ns, p.stat().st_ino) for p in paths if p.name != "manifest.json"}
 
 
 def cached_stacks() -> int:

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import math
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -30,16 +31,19 @@ TEMPLATE = Path(__file__).resolve().parent / "template"
 UPLOT = TEMPLATE / "uplot-1.6.32"  # as the npm registry has it: 50 kB with bands and log scales, where others take 200
 CITATION = TEMPLATE.parent.parent / "CITATION.cff"
 SIZE_LIMIT = 6_000_000  # bytes of one page
+os.environ["PYPANDOC_PANDOC"] = str(Path(pypandoc.__file__).with_name("files") / "pandoc")  # none of the user's own
 PANDOC = ["--mathml", "--shift-heading-level-by=1", "--wrap=none", "--syntax-highlighting=none"]  # # is an h2
-TAGGED = re.compile(r"\$\$((?:(?!\$\$).)+?)\\tag\{([^}]+)\}((?:(?!\$\$).)*)\$\$", re.DOTALL)  # $$ ... \tag{2.1} ... $$
-# GitHub's dialect, as JupyterLab reads a cell: no YAML block, no title line, no definitions. `attributes` is for ours.
-READER = "gfm+tex_math_dollars+bracketed_spans+attributes+smart"
-AS_JUPYTER = (  # what JupyterLab takes for a formula or a table, in a form that pandoc takes for one
-    (re.compile(r"(?<![\\$])\$(?!\$)[ \t]*([^$\n]+?)[ \t]*\$(?![$\d])"), r"$\1$"),
-    (re.compile(r"^\\begin\{align(\*?)\}(.*?)\\end\{align\1\}", re.DOTALL | re.MULTILINE),
-     r"$$\\begin{aligned}\2\\end{aligned}$$"),
-    (re.compile(r"^(?!\s*\|)(.+)\n(?=\|.*\|[ \t]*\n\|[\s:|-]+\|)", re.MULTILINE), r"\1\n\n"),
-)  # fmt: skip
+# GitHub's dialect, as JupyterLab reads a cell: it knows no YAML block, no footnotes, no emoji by name and no alerts.
+READER = "gfm+tex_math_dollars+smart-tex_math_gfm-yaml_metadata_block-footnotes-emoji-alerts"
+# What JupyterLab takes for a formula or a table and pandoc does not; code is found first, so that it stays as it is.
+AS_JUPYTER = re.compile(
+    r"""(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`) | ^[ ]*(?P<fence>~{3,}).+?(?:^[ ]*(?P=fence)|\Z)
+    | \$\$(?P<display>.+?)\$\$ | (?<![\\$])\$(?!\$)(?P<inline>(?:(?!\n\s*\n)[^$`])+?)\$(?![$\d])
+    | \\begin\{(?P<name>[a-z]+\*?)\}(?P<body>.*?)\\end\{(?P=name)\}
+    | \\\\\((?P<round>.+?)\\\\\) | \\\\\[(?P<square>.+?)\\\\\]
+    | (?P<table>(?<=[^\n]\n)(?=(?P<quote>[> ]*)[^\n]*\|[^\n]*\n[> \t|]*:?-+:?[ \t]*(?:\|[ \t:-]*)+$))""",
+    re.DOTALL | re.MULTILINE | re.VERBOSE,
+)
 NUMBER = re.compile(r"[-+−]?[\d,]+(\.\d+)?(e[-+]?\d+)?|–")  # a cell of a column that is set to the right
 
 
@@ -72,9 +76,11 @@ def name_of(cell_id: str) -> str:
 
 
 class KeepOurs(Preprocessor):
-    """Drop stderr and foreign HTML; refuse images that did not come through `sgsc_study.figure`."""
+    """Drop stderr and foreign HTML; refuse raw cells, and images that did not come through `sgsc_study.figure`."""
 
     def preprocess_cell(self, cell, resources, index):
+        if cell.cell_type == "raw":
+            raise BuildError(f"{name_of(cell.id)}: a raw cell would not be shown. Make it Markdown.")
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         for output in cell.get("outputs", []):
@@ -86,18 +92,33 @@ class KeepOurs(Preprocessor):
         return cell, resources
 
 
+def for_pandoc(found: re.Match) -> str:
+    """What `AS_JUPYTER` found, so that pandoc takes it for the same; a display formula with a \\tag becomes eq-TAG."""
+    part = {kind: text for kind, text in found.groupdict().items() if text is not None}
+    if inline := (part.get("inline") or part.get("round", "")).strip():
+        if found.string[: found.start()].rpartition("\n")[2].lstrip("> ").startswith("|"):  # a row, which | would cut
+            inline = inline.replace("\\|", "\\Vert ").replace("|", "\\vert ")
+        return f"${inline.strip()}$"
+    if name := part.get("name", "").rstrip("*"):
+        inner = {"equation": ""}.get(name, "aligned" if name in ("align", "eqnarray", "gather", "multline") else name)
+        part["display"] = f"\\begin{{{inner}}}{part['body']}\\end{{{inner}}}" if inner else part["body"]
+    if display := part.get("display") or part.get("square"):
+        if tag := re.search(r"\\tag\{([^}]+)\}", display):
+            return f'<span id="eq-{tag[1]}" class="equation">$${display.replace(tag[0], "")}$$</span>'
+        return f"$${display}$$"
+    return f"{part['quote'].rstrip()}\n" if "table" in part else found[0]
+
+
 @pass_context
 def markdown(context, source: str) -> str:
     r"""Jinja filter: pandoc's HTML with MathML; `$$ ... \tag{2.1} $$` becomes an equation with the id eq-2.1."""
-    for pattern, plain in AS_JUPYTER:
-        source = pattern.sub(plain, source)
-    source = TAGGED.sub(r"[$$\1\3$$]{#eq-\2 .equation}", source)
+    source = AS_JUPYTER.sub(for_pandoc, source)
     html = pypandoc.convert_text(source, "html", READER, PANDOC, verify_format=False)
     soup = BeautifulSoup(html.rstrip("\n"), "html.parser")
     if formula := soup.select_one("span.math"):  # what pandoc could not convert
         where = name_of(context["cell"].id) if "cell" in context else "report/template"
         raise BuildError(f"{where}: pandoc does not understand the formula {formula.get_text()}")
-    for formula in soup.find_all("math"):
+    for formula in soup.select("math:has(annotation)"):
         formula.annotation.decompose()  # pandoc's copy of the TeX
         formula.semantics.unwrap()
         if formula["display"] == "block" and "equation" not in formula.parent.get("class", []):
@@ -260,7 +281,10 @@ def render(
         template_name=TEMPLATE.name,
         preprocessors=[KeepOurs],
         filters={"markdown": markdown, "number": number, "csp_hash": csp_hash, "minutes": minutes, "quote": quote},
-        config={"NbConvertBase": {"display_data_priority": ["text/html", "text/markdown", "text/plain"]}},
+        config={
+            "NbConvertBase": {"display_data_priority": ["text/html", "text/markdown", "text/plain"]},
+            "TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": ["notebook-only"]},  # links to the page
+        },
     )
     html, _ = exporter.from_notebook_node(merge(executed), {"page": page})
     if (size := len(html.encode())) > SIZE_LIMIT:

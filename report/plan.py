@@ -76,8 +76,8 @@ def read_profile(place: Place) -> dict[str, dict[str, Any]]:
     path = f"report/profiles/{place.profile}.yaml"
     try:
         profile = yaml.load((place.root / path).read_text(encoding="utf-8"), Loader=PlainYAML)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BuildError(f"{path} is not YAML in UTF-8: {error}") from None
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:  # ValueError: no UTF-8, or 2026-13-45
+        raise BuildError(f"{path} should be YAML in UTF-8, with plain numbers and dates. Found: {error}") from None
     if not isinstance(profile, dict):
         raise BuildError(f"{path} should be lines of `notebook: {{parameter: value}}`. Found {profile!r}.")
     plan, problems, folder = {}, [], place.results.relative_to(place.root).as_posix()
@@ -107,7 +107,12 @@ def list_all(root: Path) -> str:
             lines.append(f"profile {name} cannot be read: {error}")
     for stem in notebooks(root):
         lines += ["", stem]
-        for name, declared in parameters_of(root / "notebooks" / f"{stem}.ipynb").items():
+        try:
+            parameters = parameters_of(root / "notebooks" / f"{stem}.ipynb")
+        except BuildError as error:
+            lines.append(f"    {error}")
+            continue
+        for name, declared in parameters.items():
             lines.append(f"    {name}: {declared['inferred_type_name']} = {declared['default']}  # {declared['help']}")
             having = {profile: plan[stem] for profile, plan in plans.items() if name in plan.get(stem, {})}
             lines += [f"        {profile}: {given[name]}" for profile, given in having.items()]

@@ -11,12 +11,15 @@ code is 1.
 
 from __future__ import annotations
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # where PYTHONSAFEPATH is set, Python does not
 import instructions  # before NumPy
 
 # isort: split
 import argparse
 import ast
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -71,9 +74,7 @@ def verify_runs(place: Place, manifest: dict[str, Any]) -> bool:
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     """The command line; returns the exit code: 0 reproduced, 1 not."""
-    raw = argparse.RawDescriptionHelpFormatter
-    summary, details = __doc__.split("\n\n", 1)
-    parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", default="full", help="whose results to check (default: full)")
     start = time.monotonic()
     profile = parser.parse_args(argv).profile

@@ -91,7 +91,7 @@ def couples_samples(module: nn.Module) -> bool:
 
 
 def refuse_coupled(path: str, module: nn.Module) -> None:
-    if couples_samples(module):  # train() may have been called since construction
+    if is_training_pass() and couples_samples(module):  # train() may have been called since construction
         raise ValueError(
             f"SGSC does not serve {named(path, module)} in training mode: it couples the samples. "
             "Call its eval(), or use GroupNorm."

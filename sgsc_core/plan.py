@@ -63,7 +63,8 @@ def as_table(head: Collection[str], rows: Collection[Collection[Any]]) -> str:
 def rule_of(module: nn.Module, rules: Mapping[type, Callable]) -> Callable | None:
     """The rule that serves a module: its type's, or that of a base class whose forward it runs unchanged."""
     kind: Any = type(module)
-    rules = {t: rule for t, rule in rules.items() if rule is not per_sample_rule}
+    named_rules = {t: RULES.get(t) if rule is per_sample_rule else rule for t, rule in rules.items()}
+    rules = {t: rule for t, rule in named_rules.items() if rule}
     if kind in rules and rules[kind] is not RULES.get(kind):
         return rules[kind]  # the user's word
     if "forward" in vars(module) or nn.utils.parametrize.is_parametrized(module):

@@ -124,8 +124,7 @@ class Recorder:
             follow(tensors_in(output), wanted)
 
     def on_batch_norm(self, path: str, module: nn.Module, *_: Any) -> None:
-        if is_training_pass():
-            refuse_coupled(path, module)
+        refuse_coupled(path, module)
 
     def on_entry(self, path: str, module: nn.Module, *_: Any) -> None:
         if is_training_pass() and (path in self.kept.again or path in self.kept.candidates):

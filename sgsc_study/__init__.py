@@ -31,7 +31,17 @@ from sgsc_study.cache import CACHE, ROOT
 from sgsc_study.cnn import mnist1d_cnn, train_cnn
 from sgsc_study.curves import Curves
 from sgsc_study.data import Dataset, draw_mnist1d, load_mnist1d
-from sgsc_study.figures import figure, forest, in_words, table, verdict_in_words, with_interval
+from sgsc_study.figures import (
+    COLOURS,
+    GREYS,
+    figure,
+    forest,
+    in_words,
+    name_lines,
+    table,
+    verdict_in_words,
+    with_interval,
+)
 from sgsc_study.gates import GATES, RELATIVES, align_runs
 from sgsc_study.measures import PairedComparison, compare_paired, in_halves, judged, smoothness
 from sgsc_study.notebook import begin

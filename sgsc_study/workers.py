@@ -3,12 +3,15 @@
 import hashlib
 import json
 import os
+import platform
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from sgsc_study.engine import stream, train_stack
 from sgsc_study.gates import sign_gate
 from sgsc_study.runs import Run
 
+PATIENCE = 60  # seconds for which there may be no worker
 CODE = code_version("sgsc_study.engine")  # as it is when this process loads it, whatever is edited later
 
 
@@ -76,13 +80,18 @@ def arithmetic() -> str:
 def by_same_engine(version: list[str], function: Callable[..., Any], *given: Any) -> Any:
     """Return `function(*given)`, on one thread; RuntimeError where this process has not that `engine_version`."""
     _settle()  # before the fingerprint, which restores what it finds: on a cluster another task may be running beside
-    if version != engine_version():
+    refuse_stranger(f"process {os.getpid()} on {platform.node()}", version, engine_version())
+    return function(*given)
+
+
+def refuse_stranger(worker: str, version: list[str], found: Any) -> None:
+    """RuntimeError, which names the worker, where not its caller's `engine_version` was found there."""
+    if found != version:
         raise RuntimeError(
-            f"A worker should have its caller's code, torch and arithmetic, {version}. Found {engine_version()}: "
+            f"The worker {worker} should have its caller's code, torch and arithmetic, {version}. Found {found!r}: "
             "install the same on the workers, and start them with the same ATEN_CPU_CAPABILITY, MKL_CBWR, "
             "ONEDNN_MAX_CPU_ISA and NPY_DISABLE_CPU_FEATURES."
         )
-    return function(*given)
 
 
 @_settled()
@@ -115,32 +124,78 @@ def parallel(
         made_by = [function.__module__, name, code_version(function.__module__), engine]
         told = [json.dumps([*made_by, key]) for key in keys or tasks]
         jobs = [partial(cached, Path(cache), key, job) for key, job in zip(told, jobs, strict=True)]
-    with on_workers(scheduler, n_jobs, len(tasks)):
-        done = joblib.Parallel(return_as="generator")(joblib.delayed(job)() for job in jobs)
-        return list(with_progress(done, len(tasks), progress))
+    with on_workers(scheduler, n_jobs, len(tasks)) as run:
+        return list(with_progress(run(jobs, progress), len(tasks), progress))
 
 
 @contextmanager
-def on_workers(scheduler: str, n_jobs: int, n_tasks: int) -> Iterator[None]:
-    """Where joblib runs what it is given: processes on this machine, or the workers of a Dask scheduler."""
+def on_workers(scheduler: str, n_jobs: int, n_tasks: int) -> Iterator[Callable[[Sequence, str | None], Iterator]]:
+    """Who runs jobs: a function that gives their results in order, by processes here or by a Dask scheduler's workers.
+
+    Raises ValueError for a scheduler that does not answer, and RuntimeError, which names the worker, where one should
+    not take part or the last one is gone.
+    """
     if not scheduler:
         own = {"initializer": end_with, "initargs": (os.getpid(),)}
         with joblib.parallel_config("loky", n_jobs=min(joblib.effective_n_jobs(n_jobs), max(n_tasks, 1)), **own):
-            yield
+            yield lambda jobs, _: joblib.Parallel(return_as="generator")(joblib.delayed(job)() for job in jobs)
         return
-    from distributed import Client  # only a cluster needs it
+    from distributed import Client, KilledWorker  # only a cluster needs it
 
     try:
         client = Client(scheduler, timeout="10s")
     except (OSError, ValueError) as error:
         told = f"`scheduler` should be a running Dask scheduler's tcp://host:port. Found {scheduler!r}: {error}"
         raise ValueError(told) from None
-    with client, joblib.parallel_config("dask", client=client, n_jobs=-1):
+    with client:
         try:
-            client.run(engine_version)  # a worker without the project would wait for ever
-        except Exception as error:
-            raise RuntimeError(f"A worker of the `scheduler` should have this project. Found {error!r}") from None
-        yield
+            client.wait_for_workers(1, timeout=PATIENCE)
+        except TimeoutError:
+            told = f"`scheduler` should have a worker. Found none at {scheduler} in {PATIENCE} seconds."
+            raise RuntimeError(told) from None
+        refuse_strangers(client)
+        try:
+            yield partial(on_cluster, client)
+        except KilledWorker:  # it names the last one of those that a task has ended
+            raise
+        except Exception:
+            refuse_strangers(client)  # one that came later is the better reason
+            raise
+
+
+def refuse_strangers(client: Any) -> None:
+    """Refuse the cluster's workers that compute otherwise than this process, or not at all."""
+    for address, found in client.run(engine_version, on_error="return").items():
+        refuse_stranger(address, engine_version(), found)
+
+
+def on_cluster(client: Any, jobs: Sequence[Callable[[], Any]], label: str | None) -> Iterator:
+    """The jobs' results in order; a few are handed out at a time, and a lost worker's go to the others.
+
+    Under the `label` it prints how many workers there are, whenever that changes.
+    """
+    left, handed_out, known, seen, told = iter(jobs), deque(), {}, time.monotonic(), 0
+    while True:
+        threads = client.nthreads()
+        if not threads and time.monotonic() - seen > PATIENCE:
+            raise RuntimeError(f"The workers of the `scheduler`, {[*known]}, are gone for {PATIENCE} seconds.")
+        if label and len(threads) != told:
+            print(f"  {label}: number of workers: {len(threads)}", file=sys.stderr)
+        told = len(threads)
+        if threads:
+            known, seen = threads, time.monotonic()
+        room = max(4 * sum(threads.values()), 1) - len(handed_out)
+        handed_out.extend(client.submit(job, pure=False) for job in islice(left, max(room, 0)))
+        if not handed_out:
+            return
+        try:
+            result = handed_out[0].result(timeout=5)
+        except TimeoutError:
+            if handed_out[0].done():  # the job's own
+                raise
+            continue
+        handed_out.popleft()
+        yield result
 
 
 def end_with(parent: int) -> None:

@@ -92,7 +92,8 @@ FIRST = (
     parameters('results: str = "."  # folder\nnote: str = ""  # may be empty'),
     "## Same name\n\n$$ a < b \\tag{1.1} $$\n\nInline $\\frac{1}{2}$ costs \\$5.",
     code(f"""# draw
-import sys
+import filelock, sys
+assert sys.flags.safe_path  # nor are modules beside README.md those of worker processes
 from pathlib import Path
 from IPython.display import HTML, Markdown, display
 print("on stdout & <kept>")
@@ -117,7 +118,7 @@ display(HTML({FIGURE.replace("fig-a", "fig-b")!r}))
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory) -> Path:
-    """A repository with the profile `toy`, built. A decoy kernel and a user's settings of IPython lay in wait."""
+    """A repository with the profile `toy`, built. A kernel, a module and settings of a user lay in wait."""
     root, home = tmp_path_factory.mktemp("repository"), tmp_path_factory.mktemp("home")
     write_notebook(root / "notebooks/01_first.ipynb", *FIRST)
     write_notebook(root / "notebooks/02_second.ipynb", *SECOND)
@@ -128,8 +129,9 @@ def built(tmp_path_factory) -> Path:
         home / "kernels/python3/kernel.json": decoy,
         home / ".ipython/profile_default/ipython_config.py": settings,
         root / "report/results/toy/stale.csv": "old",
+        root / "filelock.py": "raise SystemExit('not the one that is installed')",
     }.items():
-        path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     with pytest.MonkeyPatch.context() as patch:
         for name, folder in {"JUPYTER_PATH": "", "HOME": "", "IPYTHONDIR": ".ipython"}.items():
@@ -159,7 +161,7 @@ def copy_repository(to: Path) -> Path:
 
 def environment(root: Path) -> dict[str, str]:
     """This process's environment, with the modules of `root` in place of this repository's."""
-    own = {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "JUPYTER_PATH": f"{sys.prefix}/share/jupyter", MARK: root}
+    own = {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", MARK: root}
     return {k: v for k, v in os.environ.items() if k != "SGSC_CACHE"} | {k: str(v) for k, v in own.items()}
 
 

@@ -76,8 +76,10 @@ def test_a_cell_that_fails_or_kills_its_kernel_is_named(toy, capsys, source, why
     assert f"03_bad, cell 4: {why}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("failure", "exit_code"), [(KeyboardInterrupt(), 130), (OSError(28, "full", "disk"), 1)])
-def test_an_interrupt_or_a_full_disk_leaves_page_and_executed_notebooks(toy, monkeypatch, capsys, failure, exit_code):
+@pytest.mark.parametrize(("failure", "exit_code"), [
+    (KeyboardInterrupt(), 130), (OSError(28, "full", "disk"), 1), (RuntimeError("Kernel didn't respond"), 1),
+])  # fmt: skip
+def test_what_stops_a_build_leaves_page_and_executed_notebooks(toy, monkeypatch, capsys, failure, exit_code):
     executed = toy / "report/executed/toy/02_second.ipynb"
     before = executed.read_bytes()
     monkeypatch.setattr(build.papermill, "execute_notebook", Mock(side_effect=failure))

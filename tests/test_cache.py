@@ -60,7 +60,7 @@ def test_the_version_of_code_is_that_of_what_it_computes_with_all_that_it_import
     assert len(others | {first, version("beside", "K = 1\n")}) == 6
 
 
-@pytest.mark.parametrize("name", ["sgsc_lib", "sgsc_study.gates", "sgsc_study.data", "sgsc_study.runs"])
+@pytest.mark.parametrize("name", ["sgsc_core.definition", "sgsc_study.gates", "sgsc_study.data", "sgsc_study.runs"])
 def test_the_engines_version_covers_every_module_that_training_uses(monkeypatch, name):
     first, spec = code_version("sgsc_study.engine"), sys.modules[name].__spec__
     monkeypatch.setattr(spec, "sgsc_source", spec.sgsc_source + "\nmore = 1\n")

@@ -88,12 +88,12 @@ def test_numbers_are_in_a_readers_units(measure, numbers, text):
 def test_the_readme_gets_findings_figure_and_time_between_its_marks_and_keeps_the_rest():
     said, page = {"abstract": "Said \\1.", "use": "Use."}, f'<section id="findings">{LIFTED}</section>'
     training = [{"training": {"seconds": seconds, "machine": "2 cores (Z80)"}} for seconds in (60, 540)]
-    made = {"notebooks": dict(enumerate(training))}
+    made = {"notebooks": dict(zip(("01_one", "02_two"), training, strict=True))}
     text, svg = findings.readme(README, made, said, page)
     picture = f'<img src="{findings.FIGURE}" alt="A &lt; B.">'
     assert f"by -->\nSaid \\1.\n\n{picture}\n<!-- /findings -->\nkept\n" in text and "by -->\nUse.\n<!-- /use" in text
     assert text.startswith("# T\n") and text.endswith("\n<!-- /time -->\nend\n") and "old" not in text
-    assert "10 min" in text and "2 cores (Z80)" in text
+    assert "10 min" in text and "2 cores (Z80). By notebook: 01 60 s, 02 9 min." in text
     assert svg.startswith("<svg") and 'fill="white"' in svg  # readable on a dark page
     assert findings.readme(text, made, said, page) == (text, svg)
     for readme, html, name in (README.replace("/time", ""), page, "README.*time"), (README, "", "`findings`"):

@@ -8,8 +8,11 @@ import subprocess
 import sys
 
 import nbformat
+import page as report
 import pytest
-from conftest import ROOT, wait_for
+from bs4 import BeautifulSoup, Comment
+from conftest import ROOT, wait_for, write_notebook
+from corpus import CORPUS, REFUSED
 
 pytestmark = pytest.mark.slow
 NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
@@ -20,7 +23,12 @@ def lab(tmp_path_factory):
     """JupyterLab on a free port of this machine alone: a function from a notebook's name to its address."""
     home, token = tmp_path_factory.mktemp("lab"), secrets.token_hex(16)
     shutil.copytree(ROOT / "notebooks", home / "notebooks")  # copies: JupyterLab saves what it shows
+    write_notebook(home / "notebooks/corpus.ipynb", "# Corpus", *CORPUS)
+    tracker = home / "settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
+    tracker.parent.mkdir(parents=True)
+    tracker.write_text('{"windowingMode": "none"}')  # all cells are drawn, in view or not
     own = {"JUPYTER_CONFIG_DIR": f"{home}/config", "JUPYTER_DATA_DIR": f"{home}/data", "IPYTHONDIR": f"{home}/ipython"}
+    own["JUPYTERLAB_SETTINGS_DIR"] = f"{home}/settings"
     options = f"""--no-browser --ip=127.0.0.1 --port=0 --allow-root --ServerApp.root_dir={home} --LabApp.news_url=None
         --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate"""
     command, log = [sys.executable, "-m", "jupyterlab", *options.split()], home / "log"
@@ -93,3 +101,37 @@ def test_the_playground_answers_to_the_keyboard(open_notebook):
     for kind in ("error", "stderr"):
         assert page.locator(f"[data-mime-type='application/vnd.jupyter.{kind}']").count() == 0
     assert page.errors == []
+
+
+ALIKE = {"“": '"', "”": '"', "‘": "'", "’": "'", "′": "'", "–": "-", "—": "-", "−": "-", "…": ".", "∗": "*"}
+UNSEEN = dict.fromkeys("\u00a0\u2061\u2062")  # between the parts of a formula, or a blank
+
+
+def shown_text(html: str) -> str:
+    """The letters of rendered Markdown, formulas included, without blanks and the signs that one of two may keep.
+
+    These are dollars and tildes: `costs $5 and $6` is a formula in JupyterLab, and `H~2~O` has a struck 2.
+    """
+    soup = BeautifulSoup(html, "html.parser")
+    unread = "script, style, .jp-InternalAnchorLink, annotation, mjx-container > :not(mjx-assistive-mml)"
+    for part in soup.select(unread):
+        part.decompose()
+    for comment in soup.find_all(string=lambda text: isinstance(text, Comment)):
+        comment.extract()
+    for image in soup.select("img[alt]"):
+        image.replace_with(image["alt"])
+    text = soup.get_text().translate(str.maketrans(ALIKE | UNSEEN))
+    return re.sub(r"([-.])\1+", r"\1", re.sub(r"[\s$~]", "", text))
+
+
+def test_the_page_shows_the_text_that_jupyterlab_shows_of_markdown(open_notebook):
+    page = open_notebook("corpus.ipynb")
+    outputs = page.locator(".jp-Notebook .jp-MarkdownOutput")
+    outputs.nth(len(CORPUS)).locator("mjx-assistive-mml").first.wait_for(state="attached", timeout=60_000)
+    rendered = [outputs.nth(k).inner_html() for k in range(1, len(CORPUS) + 1)]
+    differ = [(source, ours, theirs) for source, html in zip(CORPUS, rendered, strict=True)
+              if (ours := shown_text(report.markdown({}, source))) != (theirs := shown_text(html))]  # fmt: skip
+    assert differ == [] and len(CORPUS) > 100
+    for source, name in REFUSED.items():
+        with pytest.raises(report.BuildError, match=re.escape(name)):
+            report.markdown({}, source)

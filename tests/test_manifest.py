@@ -1,5 +1,6 @@
 """report/manifest.py: results are what it says, or refused by name; what was made otherwise is not mixed with them."""
 
+import os
 from contextlib import nullcontext
 
 import build
@@ -9,7 +10,7 @@ from conftest import damaged
 from manifest import BuildError
 
 from sgsc_study.data import DATA_SHA256
-from sgsc_study.results import read_table
+from sgsc_study.results import read_table, write_text
 
 MADE = {"01_first": ["a.csv", "claims.csv"], "02_second": ["b.csv", "claims.csv"]}
 
@@ -94,11 +95,17 @@ def test_setting_the_clock_back_damages_no_file_and_training_is_told_of_the_buil
     years, stacks, results = iter(range(2020, 1900, -1)), iter([0, 12, 12, 12, 12, 12]), toy / "report/results/toy"
     monkeypatch.setattr(manifest, "now", lambda: f"{next(years)}-01-01T00:00:00+00:00")
     monkeypatch.setattr(manifest, "cached_stacks", lambda: next(stacks))  # before and after each notebook
-    monkeypatch.setattr(build, "run_notebook", lambda *_: (results / "claims.csv").write_text(f"id\n{next(years)}\n"))
+
+    def run(*_):
+        write_text(f"id\n{next(years)}\n", results / "claims.csv")
+        os.utime(results / "claims.csv", (0, 0))
+
+    monkeypatch.setattr(build, "run_notebook", run)
     for only in ("02", "01", "02"):
         assert build.main(["--profile", "toy", "--only", only], toy) == 0
         made = manifest.read(results)
         manifest.check_results(results, made)
         first, second = made["notebooks"].values()
+        assert all("claims.csv" in entry["results"] for entry in (first, second))
         assert second["training"]["stacks"] == 12 and " cores" in second["training"]["machine"]
     assert first["started"] > second["started"] > made["finished"]

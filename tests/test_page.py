@@ -12,6 +12,7 @@ from urllib.parse import unquote_to_bytes
 
 import findings
 import manifest
+import nbformat
 import page as report
 import pandas as pd
 import pytest
@@ -74,6 +75,7 @@ def test_the_reader_sees_what_was_meant_for_the_page_and_nothing_else(soup, buil
     ("![a plot](plot.png)", "plot.png"),
     (code("", {"text/markdown": r"is $\nope{1}$"}), r"\nope{1}"),
     ("See [Figure](#fig-missing).", "fig-missing"),
+    (nbformat.v4.new_raw_cell("never shown"), "raw cell"),
 ])  # fmt: skip
 def test_what_cannot_go_on_the_page_is_refused_by_name(render, cell, name):
     with pytest.raises(report.BuildError, match=f"^01_one, cell 2: .*{re.escape(name)}"):
@@ -85,6 +87,12 @@ def test_a_page_too_big_is_refused_by_the_name_of_its_biggest_result(render, tmp
     (tmp_path / "big.csv").write_text("0" * 100_000)
     with pytest.raises(report.BuildError, match=r"100,000.*big\.csv"):
         render(data=[tmp_path / "big.csv"])
+
+
+def test_a_cell_for_the_notebook_alone_is_not_on_the_page(render):
+    links = nbformat.v4.new_markdown_cell("[elsewhere](../x.html)", metadata={"tags": ["notebook-only"]})
+    page = render(links, "and this")
+    assert "elsewhere" not in page and "and this" in page
 
 
 def test_no_line_starts_with_the_comma_after_a_formula(render):
@@ -99,6 +107,11 @@ def test_no_line_starts_with_the_comma_after_a_formula(render):
     ("$$ a = b $$", ".equation math", "a=b"),
     ("\\begin{align}\na &= b \\\\ c &= d\n\\end{align}", ".equation math mtable", "a=bc=d"),
     ("Intro.\n\n---\nNote: left out\n---\n\nEnd.", "h3", "Note: left out"),
+    ("---\ntitle: mine\n---\n\nmore", "h3", "title: mine"),
+    ("\\begin{equation}\na\n\\end{equation}", ".equation math", "a"),
+    ("`a $ x $ b`", "code", "a $ x $ b"),
+    ("| a |\n|---|\n| $|x|$ |", "td math", "|x|"),
+    ("A note[^1].\n\n[^1]: its text", "p:last-of-type", "[^1]: its text"),
     ("% of labels that are wrong: 40\n\nmore", "p", "% of labels that are wrong: 40"),
     ("Text.\n## Heading", "h3", "Heading"),
     ("Table:\n| a | b |\n|---|---|\n| 1 | 2 |", "table td", "1"),

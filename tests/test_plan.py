@@ -59,7 +59,8 @@ def test_all_that_is_wrong_is_told_at_once_and_nothing_runs(read, tmp_path, caps
 @pytest.mark.parametrize("text", [
     b"", b"- 01_one", b"01_one: 3", b"01_one: {n_seeds: ", b"01_one:\n01_one:", b"? [1, 2]\n: 3",
     b"01_one: {lr: 0.1, n_seeds: 3, lr: 0.2}", b"01_one: {n_seeds: 010}", b"01_one: {n_seeds: 0x10}",
-    b"01_one: {n_seeds: 1:30}", b"01_one: {lr: 1:30.5}",
+    b"01_one: {n_seeds: 1:30}", b"01_one: {lr: 1:30.5}", b"01_one: {arm: 2026-13-45}", b"01_one: {n_seeds: 08}",
+    b"01_one: " + b"[" * 3000, b"01_one: {arm: a\0b}", b"01_one:\n\tn_seeds: 3", b"--- \n01_one:\n---\n01_one:",
     "01_one: {arm: Müller}".encode("latin-1"), "01_one:".encode("utf-16"),
 ])  # fmt: skip
 def test_a_profile_that_yaml_would_misread_is_refused_by_name_the_others_listed(read, tmp_path, capsys, text):
@@ -71,12 +72,22 @@ def test_a_profile_that_yaml_would_misread_is_refused_by_name_the_others_listed(
     assert "report/profiles/toy.yaml" in said and "good: 9" in said
 
 
-def test_a_damaged_notebook_is_refused_by_name(read, tmp_path):
+def test_a_profile_that_is_a_folder_is_refused_by_name_and_one_by_a_windows_editor_is_read(read, tmp_path, capsys):
+    assert read("\ufeff01_one: {n_seeds: 9}\r\n", "notepad")["01_one"]["n_seeds"] == 9
+    (tmp_path / "report/profiles/folder.yaml").mkdir()
+    assert build.main(["--list"], tmp_path) == 0 and "folder.yaml" in (said := capsys.readouterr().out)
+    assert "notepad: 9" in said
+
+
+def test_a_damaged_notebook_is_refused_by_name(read, tmp_path, capsys):
     path = tmp_path / "notebooks/01_one.ipynb"
+    write_notebook(tmp_path / "notebooks/02_two.ipynb", "# Two", PARAMETERS)
     for damaged in (b"", b"[]", path.read_bytes()[:-20]):
         path.write_bytes(damaged)
         with pytest.raises(BuildError, match=r"01_one\.ipynb"):
             read("01_one:")
+        assert build.main(["--list"], tmp_path) == 0
+        assert "01_one.ipynb" in (said := capsys.readouterr().out) and "02_two\n    results: str" in said
 
 
 def test_list_shows_each_parameter_and_what_every_profile_gives(read, tmp_path, capsys):

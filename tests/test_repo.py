@@ -1,7 +1,7 @@
 """What the repository promises: clean notebooks, a lock that agrees, examples that run."""
 
 import doctest
-import importlib
+import importlib.metadata
 import inspect
 import os
 import re
@@ -56,6 +56,8 @@ def test_notebooks_are_clean_and_small_and_every_parameter_has_a_type_a_default_
     code = [cell for cell in cells if cell.cell_type == "code"]
     assert all(not cell.outputs and cell.execution_count is None for cell in code), "run `nbstripout` on it"
     assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ") and "**Question.**" in cells[0].source
+    shown = re.search(r"\]\(\.\./report/sgsc\.html#(\S+?)\)", cells[1].source)
+    assert shown[1] == ("explorer" if path.stem == "playground" else f"nb-{path.stem}"), "its section of the page"
     for text in ("What this shows, and what it does not", "**Try this.**"):
         assert text in cells[-1].source, f"the last cell of {path.name} should hold {text!r}"
     assert sum("begin(globals())" in cell.source for cell in code) == 1, "it sets one thread and checks the parameters"
@@ -87,6 +89,11 @@ def test_the_lock_satisfies_what_is_declared_and_there_is_one_python_one_version
         for name, version in (line.split("==") for line in lines_of(f"benchmarks/{lock}")):
             assert locked.get(name, version) == version, f"benchmarks/{lock} has another {name} than the study uses"
     python = re.search(r"PYTHON\s+\?= python(\S+)", text_of("Makefile"))[1]
+    for name, version in locked.items():  # systems have early releases of it: Debian 12 the third
+        own = importlib.metadata.metadata(name)
+        if own["Version"].partition("+")[0] == version and own["Requires-Python"]:
+            fits = SpecifierSet(own["Requires-Python"]).contains(f"{python}.0")
+            assert fits, f"{name} {version} needs Python {own['Requires-Python']}"
     environment, citation = (yaml.safe_load(text_of(path)) for path in ("environment.yml", "CITATION.cff"))
     assert environment["dependencies"] == [f"python={python}", "pip", {"pip": ["-r requirements.txt"]}]
     assert SpecifierSet(PROJECT["requires-python"]).contains(python)

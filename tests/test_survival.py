@@ -200,13 +200,15 @@ def test_bad_parameters_are_refused_in_a_kernel_from_papermill_and_from_a_reader
         nbclient.execute(notebook, cwd=tmp_path)
 
 
-def test_a_dask_cluster_that_loses_a_worker_gives_the_same_bits(tmp_path):
+@pytest.mark.parametrize("n_workers", [1, 3])
+def test_a_dask_cluster_that_loses_a_worker_gives_the_same_bits(tmp_path, n_workers):
     data, runs = load_mnist1d(), [Run(seed, 0.01, 0.25) for seed in range(24)]
     settings = {"epochs": 3, "stack_size": 1, "widths": (40, 32, 10)}
     expected, left = train(runs, data, **settings), []
     own = patch.dict(os.environ)  # Dask sets the numbers of threads for all that this process starts later
-    with own, LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
-        first, _ = client.run(os.getpid).values()
+    with own, LocalCluster(n_workers, threads_per_worker=1, dashboard_address=None) as cluster:
+        with Client(cluster) as client:
+            first, *_ = client.run(os.getpid).values()
 
         def lose() -> None:
             if wait_for(lambda: len(list(tmp_path.rglob("output.pkl"))) >= 3, 120):

@@ -1,16 +1,19 @@
 """Processes, refused workers, and the fingerprint of arithmetic."""
 
+import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from functools import partial
 
 import pytest
 import torch
-from conftest import wait_for
+from conftest import ROOT, wait_for
+from distributed import KilledWorker
 
-from sgsc_study import GATES, parallel
+from sgsc_study import GATES, parallel, workers
 from sgsc_study.workers import arithmetic, by_same_engine, engine_version, on_workers
 
 
@@ -71,6 +74,67 @@ def test_arithmetic_tells_instructions_that_round_otherwise_apart():
     instructions |= {"NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4"}
     assert own[0] == threads[0] == arithmetic() and threads[1] == "2"
     assert len({own[0], *(told(**{name: value})[0] for name, value in instructions.items())}) == 5
+
+
+@pytest.fixture
+def dask(tmp_path):
+    """Start a Dask scheduler and one worker with these options and variables; the scheduler's address."""
+    started, file = [], tmp_path / "scheduler.json"
+
+    def command(name: str, *options: str, **variables: str) -> None:
+        run = [sys.executable, "-P", "-m", f"distributed.cli.dask_{name}", "--scheduler-file", str(file), *options]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path}
+        started.append(subprocess.Popen(run, env=os.environ | {"PYTHONPATH": str(ROOT)} | variables, **quiet))
+
+    def start(*options: str, **variables: str) -> str:
+        command("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
+        assert wait_for(lambda: file.exists() and file.read_text().endswith("}"), 60)
+        command("worker", "--host", "127.0.0.1", "--nthreads", "1", "--no-dashboard", *options, **variables)
+        return json.loads(file.read_text())["address"]
+
+    yield start
+    for process in reversed(started):
+        process.terminate()
+        process.wait(timeout=30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["without the project", "other code", "other arithmetic"])
+def test_a_worker_that_computes_otherwise_or_not_at_all_is_refused_by_its_address_and_reason(dask, how, tmp_path):
+    reason = "ModuleNotFoundError" if how == "without the project" else re.escape(engine_version()[1])
+    variables = {"ATEN_CPU_CAPABILITY": "default"}
+    if how == "without the project":
+        (tmp_path / "sgsc_lib.py").write_text("raise ModuleNotFoundError(name='sgsc_lib')")
+        variables = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    elif how == "other code":
+        for name in ("sgsc_lib.py", "sgsc_checks.py"):
+            (tmp_path / name).write_text((ROOT / name).read_text() + "\nX = 1\n")
+        variables = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    address = dask(**variables)
+    with pytest.raises(RuntimeError, match=rf"worker tcp://127\.0\.0\.1:\d+ .*Found .*{reason}"):
+        parallel(abs, [(-1,)], scheduler=address)
+
+
+@pytest.mark.slow
+def test_workers_that_die_of_every_task_or_do_not_come_end_in_an_error(dask, monkeypatch):
+    monkeypatch.setattr(workers, "PATIENCE", 30)
+    address = dask()
+    assert parallel(abs, [(k,) for k in range(-9, 0)], scheduler=address) == [*range(9, 0, -1)]
+    with pytest.raises(KilledWorker, match=r"tcp://127\.0\.0\.1:\d+"):
+        parallel(os._exit, [(3,)], scheduler=address)
+
+
+@pytest.mark.slow
+def test_a_cluster_that_has_lost_its_workers_or_has_none_ends_in_an_error(dask, monkeypatch, capsys):
+    address = dask("--no-nanny", "--nworkers", "1")
+    monkeypatch.setattr(workers, "PATIENCE", 60)
+    with on_workers(address, 1, 1) as run:
+        monkeypatch.setattr(workers, "PATIENCE", 3)
+        with pytest.raises(RuntimeError, match=r"\['tcp://127\.0\.0\.1:\d+'\], are gone"):
+            list(run([partial(os._exit, 3)], "exit"))
+    assert "exit: number of workers: 1" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match=f"`scheduler`.*{address}"), on_workers(address, 1, 1):
+        pass
 
 
 @pytest.mark.parametrize("address", ["here", pytest.param("tcp://127.0.0.1:1", marks=pytest.mark.slow)])
