@@ -80,8 +80,8 @@ def run_notebook(place: Place, stem: str, parameters: dict[str, Any]) -> None:
             start_timeout=600, cwd=place.root, stdout_file=sys.stdout, stderr_file=sys.stderr,
             # no other user of the machine can listen in
             config=Config({"KernelManager": {"transport_encryption": "auto"}}),
-            # a kernel that is told to end calls that an ERROR
-            extra_arguments=["--log-level=CRITICAL"],
+            # a kernel that is told to end calls that an ERROR; modules beside README.md are not those it asks for
+            extra_arguments=["--log-level=CRITICAL", "--IPKernelApp.ignore_cwd=True"],
         )  # fmt: skip
     except (PapermillExecutionError, RuntimeError) as error:
         if type(error) is RuntimeError:  # what Jupyter says of a kernel that does not start

@@ -38,7 +38,6 @@ def without_settings() -> Iterator[None]:
         for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
             os.environ[name] = empty
         os.environ["JUPYTER_PATH"] = f"{sys.prefix}/share/jupyter"  # so that `python3` is this interpreter's kernel
-        os.environ["PYTHONSAFEPATH"] = "1"  # a random.py beside README.md is not Python's
         try:
             yield
         finally:

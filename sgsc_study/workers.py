@@ -137,8 +137,13 @@ def on_workers(scheduler: str, n_jobs: int, n_tasks: int) -> Iterator[Callable[[
     """
     if not scheduler:
         own = {"initializer": end_with, "initargs": (os.getpid(),)}
-        with joblib.parallel_config("loky", n_jobs=min(joblib.effective_n_jobs(n_jobs), max(n_tasks, 1)), **own):
-            yield lambda jobs, _: joblib.Parallel(return_as="generator")(joblib.delayed(job)() for job in jobs)
+        before = os.environ.get("PYTHONSAFEPATH", "")
+        os.environ["PYTHONSAFEPATH"] = "1"  # a random.py in the working folder is not the one that a worker asks for
+        try:
+            with joblib.parallel_config("loky", n_jobs=min(joblib.effective_n_jobs(n_jobs), max(n_tasks, 1)), **own):
+                yield lambda jobs, _: joblib.Parallel(return_as="generator")(joblib.delayed(job)() for job in jobs)
+        finally:
+            os.environ["PYTHONSAFEPATH"] = before  # "" is as good as none
         return
     from distributed import Client, KilledWorker  # only a cluster needs it
 

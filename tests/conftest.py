@@ -93,7 +93,6 @@ FIRST = (
     "## Same name\n\n$$ a < b \\tag{1.1} $$\n\nInline $\\frac{1}{2}$ costs \\$5.",
     code(f"""# draw
 import filelock, sys
-assert sys.flags.safe_path  # nor are modules beside README.md those of worker processes
 from pathlib import Path
 from IPython.display import HTML, Markdown, display
 print("on stdout & <kept>")

@@ -63,7 +63,7 @@ def test_page_and_results_are_the_same_whatever_the_user_has_set(tmp_path, monke
 
     root, home = training_repository(tmp_path / "Fred's tüte γ", TRAIN + SHOWN), tmp_path / "home"
     tables, page = run_build(root, "toy"), timeless()
-    assert "torch.float32" in page and "hello" not in page and page.count("A line.") >= 2
+    assert len(tables) == 5 and "torch.float32" in page and "hello" not in page and page.count("A line.") >= 2
     shutil.rmtree(root / ".cache")
     for path, text in SETTINGS.items():
         (home / path).parent.mkdir(parents=True, exist_ok=True)

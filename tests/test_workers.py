@@ -33,6 +33,13 @@ def test_tasks_come_back_in_order_from_one_thread_and_the_caller_keeps_its_setti
     assert found == [(k, n_jobs == 1, 1, torch.float32) for k in range(7)]
 
 
+def test_a_module_in_the_working_folder_is_not_the_one_that_a_worker_asks_for(tmp_path):
+    (tmp_path / "random.py").write_text("raise SystemExit('not the one of Python')")
+    ask = "from sgsc_study import parallel; print(parallel(abs, [(-1,), (-2,)], n_jobs=2))"
+    run = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "text": True}
+    assert subprocess.check_output([sys.executable, "-P", "-c", ask], **run) == "[1, 2]\n"
+
+
 def negative(value: int) -> int:
     return -value
 
