@@ -96,7 +96,7 @@ class SGSC:
         self.gamma = _check_gamma(gamma)
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` should be a torch.nn.Module. Found {type(model).__name__}.")
-        if problems := [*problems_of(model, self.rules), *distributed_problems(model, process_group)]:
+        if problems := [*problems_of(model, self.rules), *distributed_problems(process_group)]:
             raise ValueError("\n".join(problems))
         self._group, self._counts = process_group, count_active
         self._awaits_with = False  # scaled_update() was called, its `with` block not entered
@@ -123,6 +123,8 @@ in training mode it couples the samples. Call its eval(), or use GroupNorm.
     # -- the statistic: which samples it covers, and the sums over all processes ---------------------------------------
 
     def _on_pass(self) -> None:
+        if problems := distributed_problems(self._group):  # the processes may have come after SGSC
+            raise ValueError(problems[0])
         if self._awaits_with:
             self._awaits_with = False  # so that a corrected notebook cell can go on with this object
             raise RuntimeError(

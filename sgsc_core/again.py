@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import tree_unflatten
 
-from sgsc_core.calls import Call, by_sample, is_close, tensors_in
+from sgsc_core.calls import Call, as_it_was, by_sample, is_close, tensors_in
 from sgsc_core.checks import named, unobserved
 
 
@@ -78,7 +79,7 @@ def recomputed(
     again = _Again(call, parameters)
     constant = {name: p.detach() for name, p in parameters.items()}
     size = max(1, entries // max(1, sum(p.numel() for p in parameters.values())))
-    with torch.enable_grad(), unobserved(), ExitStack() as stack:
+    with torch.enable_grad(), unobserved(), as_it_was(call.module), ExitStack() as stack:
         if call.random is not None:
             stack.enter_context(torch.random.fork_rng(call.random.devices))
             call.random.restore()
@@ -131,34 +132,46 @@ def _by_vmap(again: _Again, constant: dict[str, Tensor], size: int) -> Iterator[
 def _by_loop(again: _Again, constant: dict[str, Tensor]) -> Iterator[tuple[slice, dict[str, Tensor]]]:
     inputs, errors = again.by_sample()
     own = {name: t.clone().requires_grad_() for name, t in constant.items()}
-    for i in range(again.call.rows):
-        value, _ = again.inner_product(own, [t[i] for t in inputs], [e[i] for e in errors])
-        found = torch.autograd.grad(value, list(own.values()), allow_unused=True, materialize_grads=True)
-        yield slice(i, i + 1), {name: g.unsqueeze(0) for name, g in zip(own, found, strict=True)}
+    with _reparametrize_module(
+        again.call.module, own | again.rest, tie_weights=True
+    ):  # for a checkpoint's backward too
+        for i in range(again.call.rows):
+            value, _ = again.inner_product(own, [t[i] for t in inputs], [e[i] for e in errors])
+            value.backward()  # reentrant checkpoints refuse autograd.grad
+            yield slice(i, i + 1), _taken(own)
+
+
+def _taken(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One sample's gradients, [1, *shape], which are cleared."""
+    found = {name: (torch.zeros_like(t) if t.grad is None else t.grad).unsqueeze(0) for name, t in own.items()}
+    for t in own.values():
+        t.grad = None
+    return found
 
 
 def _by_masks(again: _Again, constant: dict[str, Tensor]) -> Iterator[tuple[slice, dict[str, Tensor]]]:
     """The whole batch once more, and backward from one sample's errors at a time."""
     call = again.call
     own = {name: t.clone().requires_grad_() for name, t in constant.items()}
-    outputs = again.outputs(own, [call.leaves[k] for k in again.batched])
-    for k, output in zip(again.ends, outputs, strict=True):
-        whole = call.outputs[k]
-        if whole._version == call.output_versions[k] and not is_close(output.detach(), whole):
-            raise ValueError(
-                f"{named(call.path, call.module)} should compute the same when it is run again with the same random "
-                "numbers. Found other outputs. Draw its random numbers by torch's own generator, or freeze it."
-            )
-    for i in range(call.rows):
-        masked = []
-        for k in again.ends:
-            axis, errors = call.output_axes[k], call.errors[k]
-            if axis is None:
-                raise ValueError(f"{named(call.path, call.module)} should keep samples apart in its outputs.")
-            one = torch.zeros_like(errors)
-            own_rows = (slice(None),) * axis.dim + (slice(i * axis.fold, (i + 1) * axis.fold),)
-            one[own_rows] = errors[own_rows]
-            masked.append(one)
-        found = torch.autograd.grad(outputs, list(own.values()), masked, retain_graph=True, allow_unused=True,
-                                    materialize_grads=True)  # fmt: skip
-        yield slice(i, i + 1), {name: g.unsqueeze(0) for name, g in zip(own, found, strict=True)}
+    with _reparametrize_module(call.module, own | again.rest, tie_weights=True):
+        outputs = again.outputs(own, [call.leaves[k] for k in again.batched])
+        for k, output in zip(again.ends, outputs, strict=True):
+            whole = call.outputs[k]
+            if whole._version == call.output_versions[k] and not is_close(output.detach(), whole):
+                raise ValueError(
+                    f"{named(call.path, call.module)} should compute the same when it is run again with the same "
+                    "random numbers. Found other outputs. Draw random numbers by torch's own generator, or freeze it."
+                )
+        for i in range(call.rows):
+            torch.autograd.backward(outputs, [_of_sample(call, k, i) for k in again.ends], retain_graph=True)
+            yield slice(i, i + 1), _taken(own)
+
+
+def _of_sample(call: Call, k: int, i: int) -> Tensor:
+    """The errors at an output, where they are of sample i, and zeros."""
+    axis, errors = call.output_axes[k], call.errors[k]
+    if axis is None:
+        raise ValueError(f"{named(call.path, call.module)} should keep samples apart in its outputs.")
+    one, rows = torch.zeros_like(errors), (slice(None),) * axis.dim + (slice(i * axis.fold, (i + 1) * axis.fold),)
+    one[rows] = errors[rows]
+    return one

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +30,10 @@ def in_front(tensor: Tensor, axis: Axis) -> Tensor:
 
 
 def rows_of(args: tuple, kwargs: dict) -> int | None:
-    """How many samples a call has, by its first tensor that is no number; None where it has no tensor."""
-    return next((len(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim), None)
+    """How many samples a call has: the length of its first tensor, but for one of length 1 beside longer ones; None
+    where it has no tensor with an axis."""
+    lengths = [len(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim]
+    return next((n for n in lengths if n != 1), 1) if lengths else None
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -61,6 +63,24 @@ def exactly(*tensors: Tensor) -> AbstractContextManager:
     """Without autocast, which would multiply signs in bfloat16: that counts exactly only to 256."""
     on = [t.device.type for t in tensors[:1] if torch.is_autocast_enabled(t.device.type)]
     return torch.autocast(on[0], enabled=False) if on else nullcontext()
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Put a model's buffers and attributes back: what a forward pass counts or keeps is the training's own."""
+    kept = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
+    values = [(b, b.clone()) for b in model.buffers()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, before in values:
+                buffer.copy_(before)
 
 
 class RandomState:
@@ -147,7 +167,7 @@ class Call:
                 own[k] = None
                 if axis is not None and axis.dim < len(size) and size[axis.dim] % self.rows == 0:
                     fold = size[axis.dim] // self.rows
-                    own[k] = Axis(axis.dim, fold) if fold == 1 or axis.fold > 1 else None
+                    own[k] = axis if fold == axis.fold else None
 
     def overwritten(self) -> bool:
         """Whether an input was changed in place after it was used."""

@@ -90,7 +90,7 @@ def couples_samples(module: nn.Module) -> bool:
 # -- a call, a rule's answer, a statistic ------------------------------------------------------------------------------
 
 
-def refuse_coupled(path: str, module: nn.Module) -> None:
+def refuse_coupled(path: str, module: nn.Module, *_: Any) -> None:
     if is_training_pass() and couples_samples(module):  # train() may have been called since construction
         raise ValueError(
             f"SGSC does not serve {named(path, module)} in training mode: it couples the samples. "
@@ -98,10 +98,10 @@ def refuse_coupled(path: str, module: nn.Module) -> None:
         )
 
 
-def refuse_place(where: str, shape: tuple[int, ...], rows: int) -> None:
+def refuse_place(path: str, module: nn.Module, shape: Sequence[int], rows: int) -> None:
     raise ValueError(
-        f"{where} should see the batch's {rows} samples along its first axis. Found an output of shape "
-        f"{shape}. Keep the batch in front, [{rows}, ...], or leave out check=False: then SGSC looks for the samples."
+        f"{named(path, module)} should see the batch's {rows} samples along its first axis. Found an output of shape "
+        f"{tuple(shape)}. Keep the batch in front, [{rows}, ...]; without check=False SGSC looks for the samples."
     )
 
 
@@ -124,7 +124,7 @@ def refuse_second_backward(path: str) -> None:
     raise RuntimeError(
         f"SGSC needs one backward pass for each forward pass. Found a second one at '{path or 'model'}': a sample's "
         "gradient would be a sum over passes. Add the losses up, or run the model again for each backward pass. "
-        "Evaluate under torch.no_grad()."
+        "Evaluate under torch.no_grad(). Checkpoint with use_reentrant=False."
     )
 
 
@@ -132,8 +132,8 @@ def refuse_gradients(names: Collection[str], reasons: Collection[str]) -> None:
     tried = f" Found on the way: {'; '.join(dict.fromkeys(reasons))}"[:600] if reasons else ""
     raise RuntimeError(
         f"SGSC cannot compute c of {sorted(names)}: no module's calls explain their gradients. They are used outside "
-        "the model's forward pass, in the loss or a penalty, say, or on what all samples share. Move that use into the "
-        "model's forward pass, take a penalty out of the loss and add its gradient after the gate (weight_decay of "
+        "the model's forward pass, in the loss or a penalty, say, or a hook changes their gradients. Move the use into "
+        "the model's forward pass, take a penalty out of the loss and add its gradient after the gate (weight_decay of "
         f"AdamW does), or freeze them.{tried}"
     )
 

@@ -51,6 +51,7 @@ def confirm(recorder: Any) -> None:
         refuse_gradients(wrong, recorder.misplaced)
     if current is None or current.rows > 1:  # one sample does not show where samples lie
         recorder.unchecked.difference_update(given)
+    recorder.learnt |= {name: recorder.ways[name] for name in given}
     recorder.plan()
 
 

@@ -8,7 +8,6 @@ by the module's name, with a way out.
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -131,8 +130,8 @@ def was_cleared(way: Way | None, left: tuple[Callable, int] | None) -> bool:
     grad: Any = way.parameter.grad if way else None
     if grad is None:
         return True
-    kept, version = left or (lambda: None, 0)
-    return (kept() is not grad or grad._version != version) and not grad.any()
+    kept, version = left or (lambda: None, 0)  # type: Any, int
+    return bool((kept() is not grad or grad._version != version) and not grad.any())
 
 
 class Kept:
@@ -148,7 +147,7 @@ class Kept:
                 for owner in way.owners:
                     self.by_rule.setdefault(owner.path, []).append((owner.key, name))
                     self.rules[owner.path] = rule_of(owner.module, rules)
-            elif not way.shared:
+            else:
                 self.again.setdefault(way.again, []).append(name)
             if name in unchecked:
                 self.candidates.update(around(model, way.owners))
@@ -195,6 +194,8 @@ def _problem(path: str, module: nn.Module, rules: Mapping[type, Callable]) -> st
         (bool(mine) and rule is not None and not _is_rule(rule), "its rule takes no (module, input, error)",
          "Correct the rule"),
         (any(not p.is_floating_point() for p in mine), "its parameters are not real numbers", "Freeze them"),
+        (bool(mine) and getattr(module, "scale_grad_by_freq", False), "it scales by how often the batch has a token",
+         "Use scale_grad_by_freq=False"),
         (bool(mine) and sparse, "sparse gradients and max_norm are not covered", "Use sparse=False, max_norm=None"),
     ]  # fmt: skip
     found = next((f"{reason}. {way_out}." for applies, reason, way_out in reasons if applies), "")
@@ -214,14 +215,12 @@ def problems_of(model: nn.Module, rules: Mapping[type, Callable]) -> list[str]:
     return [*dict.fromkeys(row.problem for row in explain_model(model, rules) if row.problem)]
 
 
-def distributed_problems(model: nn.Module, group: Any) -> list[str]:
+def distributed_problems(group: Any) -> list[str]:
     """Why c would be that of a part of the batch, if it would."""
     dist = torch.distributed
-    spread = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    wrapped = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
-    if group is None and (spread or (wrapped and int(os.environ.get("WORLD_SIZE", "1")) > 1)):
-        return [
-            "`process_group` should say whose samples make c, as torch.distributed runs several processes. Found None. "
-            "Use dist.group.WORLD for all; for a model of this process alone, dist.new_subgroups(1)[0]."
-        ]
-    return []
+    if group is not None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
+        return []
+    return [
+        "`process_group` should say whose samples make c, as torch.distributed runs several processes. Found None. "
+        "Use dist.group.WORLD for all; for a model of this process alone, dist.new_subgroups(1)[0]."
+    ]

@@ -20,6 +20,7 @@ from sgsc_core.rules import (
     CHUNK_ENTRIES,
     RULES,
     PerSample,
+    bilinear_rule,
     built,
     convolution_rule,
     embedding_rule,
@@ -95,6 +96,8 @@ class Summing:
         axes = [call.axes[k] for k in tensors]
         if len(call.shapes) != 1 or not axes or None in axes or call.output_axes != axes[:1]:
             return False
+        if len(axes) > 1 and rule in RULES.values() and rule is not bilinear_rule:
+            return False  # weights of bags, say
         dims, module = len(call.shapes[0]), call.module  # type: int, Any
         if dims < 2 or (rule in (convolution_rule, transposed_convolution_rule) and dims != module.weight.ndim):
             return False  # one sample without an axis for it

@@ -11,6 +11,7 @@ import torch
 from asserts import hooks_on, loss_of, measured
 from inputs import Made, batch_norm, toy
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from sgsc_core.checks import check
 from sgsc_core.rules import linear_rule
@@ -127,12 +128,15 @@ REFUSED_PASSES = {  # the model, the shape of its input, the error and the name 
     "samples that are mixed": (
         one(nn.Linear(5, 5), lambda self, x: self.layer(x - x.mean(0))), (4, 5), ValueError, "'layer' (Linear)"),
     "the loss of pairs": (one(nn.Linear(5, 5), lambda self, x: self.layer(x) @ self.layer(x.flip(0)).T), (4, 5),
-                          ValueError, "'layer' (Linear)"),
+                          ValueError, "'model' (Made)"),
     "time in front": (nn.Sequential(nn.TransformerEncoderLayer(4, 1, 4)), (3, 4, 4), ValueError, "'0.self_attn'"),
+    "a layer used twice in reentrant checkpoints": (
+        one(nn.Linear(5, 5), lambda self, x: checkpoint(self.layer, checkpoint(self.layer, x, use_reentrant=True),
+                                                        use_reentrant=True)), (4, 5), RuntimeError, "'layer."),
     "an input that was overwritten": (one(nn.Linear(5, 5), in_place), (4, 5), ValueError, "'layer' (Linear)"),
     "other random numbers": (
         Made(lambda self, x: x * self.own * torch.from_numpy(numpy.random.rand(*x.shape)).float() * torch.rand(1),
-             own=nn.Parameter(torch.ones(5))), (4, 5), ValueError, "'model' (Made)"),
+             own=nn.Parameter(torch.ones(5))), (4, 5), RuntimeError, "'own'"),
 }  # fmt: skip
 
 

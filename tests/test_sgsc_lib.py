@@ -622,3 +622,78 @@ def test_what_all_samples_share_is_not_run_again_and_dropout_does_not_matter():
     losses, own = F.cross_entropy(model(x), y, reduction="none"), dict(model.named_parameters())
     rows = [torch.autograd.grad(loss, own.values(), retain_graph=True) for loss in losses]
     assert_consistency(c, {name: torch.stack(g) for name, g in zip(own, zip(*rows, strict=True), strict=True)})
+
+
+def axial(self, x):
+    return self.head(torch.tanh(self.body(x + (self.row + self.column))).mean((1, 2)))
+
+
+def prefixed(self, x):
+    x = torch.cat([self.row.expand(len(x), -1, -1), x + self.column], 1)
+    return self.head(torch.tanh(self.body(x)).mean(1))
+
+
+def time_major(self, x):
+    """The samples are the second of two folded axes, which data that are the same for all of them do not show."""
+    rows = self.body((x + self.column).transpose(0, 1).reshape(-1, 4)).tanh()
+    return self.head(rows.view(x.shape[1], -1, 4).mean(0))
+
+
+def by_hand(self, x):
+    return self.head(torch.tanh(F.linear(self.body(x), self.body.weight)) * self.row * self.column)
+
+
+LATER = {  # a model, the shapes of its parameters, and those of its batches one after another
+    "two shared tensors, as long as the batch": (axial, (8, 1, 4), (1, 8, 4), [(n, 8, 8) for n in (8, 4, 1, 5)]),
+    "sequences as long as the batch, one sample": (prefixed, (1, 1, 4), (1, 1, 4), [(6, 5), (1, 5), (8, 8), (4, 7)]),
+    "folded in another order": (time_major, (1,), (1,), [(6, 5), (5, 5), (3, 2)]),
+    "a weight used by hand": (by_hand, (4,), (4,), [(6,), (4,), (1,)]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:SGSC recomputes")
+@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize("case", LATER.values(), ids=LATER)
+def test_later_batches_of_other_shapes_and_samples_that_are_alike(case, alike):
+    compute, row, column, shapes = case
+    torch.manual_seed(0)
+    parts = {"row": nn.Parameter(torch.randn(row)), "column": nn.Parameter(torch.randn(column))}
+    model = Made(compute, **parts, body=nn.Linear(4, 4), head=nn.Linear(4, CLASSES)).double()
+    sgsc = SGSC(model, gamma=1.0)
+    for number, shape in enumerate(shapes):
+        x, y = torch.randn(*shape, 4).double(), torch.randint(CLASSES, shape[:1])
+        if alike and not number:
+            x[-1] = x[0]  # the two samples that are looked at
+        model.zero_grad()
+        loss_of(model, x, y).backward()
+        c = sgsc.consistency()
+        assert_consistency(c, {name: g for name, g in one_by_one(copy.deepcopy(model), x, y).items() if name in c})
+        if number == 1:
+            model.head.bias.requires_grad_(False)  # what was learnt of the others stays
+
+
+def test_the_look_leaves_what_a_forward_pass_counts_and_keeps():
+    class Stateful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head, self.state, self.steps = nn.GRU(4, 5, batch_first=True), nn.Linear(5, 3), None, 0
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            self.seen, self.steps = self.seen + 1, self.steps + 1
+            out, state = self.layer(x, self.state)
+            self.state = state.detach()
+            return self.head(out[:, -1])
+
+    model = Stateful()
+    SGSC(model, gamma=1.0)
+    model(torch.randn(8, 3, 4))
+    assert (model.seen.item(), model.steps, tuple(model.state.shape)) == (1, 1, (1, 8, 5))
+
+
+def test_a_number_in_front_of_the_samples_is_no_batch_of_one():
+    model = Made(lambda self, time, x: self.layer(x) * time, layer=nn.Linear(5, CLASSES)).double()
+    _, x, y = toy()
+    sgsc = SGSC(model, gamma=1.0)
+    F.cross_entropy(model(torch.ones(1).double(), x), y).backward()
+    assert_consistency(sgsc.consistency(), {f"layer.{k}": g for k, g in one_by_one(model.layer, x, y).items()})
