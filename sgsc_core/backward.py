@@ -99,7 +99,7 @@ class Backward:
             for old in cleared:
                 self.sums.pop(old, None)
                 self.since[old] = self.total
-        if name in self.unchecked:
+        if name in self.unchecked or self.ways[name].again is not None:  # running again may differ in any batch
             self.given[name] = gradient.detach()
 
     def on_accumulated(self, name: str, p: nn.Parameter) -> None:

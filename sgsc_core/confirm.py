@@ -1,4 +1,7 @@
-"""The first batch: is Σ_i g_i what autograd says? Where it is not, which module holds all uses of a parameter?"""
+"""Is Σ_i g_i what autograd says? Where it is not, which module holds all uses of a parameter?
+
+That is asked on the first batch, and of what is run again on every batch.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,18 @@ def confirm(recorder: Any) -> None:
     until one explains its gradient; that one serves it from now on. Raises RuntimeError where none does.
     """
     current, made, tried = recorder.current, recorder.made, recorder.tried
-    given = {name: recorder.given[name] for name in recorder.fresh if name in recorder.given}
+    told = [name for name in recorder.fresh if name in recorder.given]
+    given = {name: recorder.given[name] for name in told if name not in made or made[name].total is not None}
     given = {name: g for name, g in given.items() if g.isfinite().all()}  # else a scaler looks for its scale
     if not given or (current is not None and not current.rows):
         return
     largest = max(float(g.abs().max()) if g.numel() else 0.0 for g in given.values())
     autocast = bool(current and current.autocast)
-    wrong = {name for name, g in given.items() if not agrees(made.get(name), g, largest, autocast)}
+
+    def rows(name: str) -> int:  # of a loss that a module makes inside
+        return current.rows if current and recorder.ways[name].again is not None else 1
+
+    wrong = {name for name, g in given.items() if not agrees(made.get(name), g, largest, autocast, rows(name))}
     for name in given.keys() - wrong:
         if name in recorder.shared and recorder.shared[name].used:
             recorder.ways[name] = recorder.ways[name]._replace(shared=True)
@@ -44,15 +52,16 @@ def confirm(recorder: Any) -> None:
                 recorder.ways[name] = recorder.ways[name]._replace(again=path, shared=False)
                 recorder.add(name, calls, found[name])
                 wrong.discard(name)
-    if wrong and not tried:
+    if wrong and not tried and not made:
         return  # no hook ran, as in a model that was compiled before: there is no statistic
     if wrong:
         recorder.start_statistic()
         refuse_gradients(wrong, recorder.misplaced)
-    if current is None or current.rows > 1:  # one sample does not show where samples lie
-        recorder.unchecked.difference_update(given)
-    recorder.learnt |= {name: recorder.ways[name] for name in given}
-    recorder.plan()
+    if not recorder.unchecked.isdisjoint(given):
+        if current is None or current.rows > 1:  # one sample does not show where samples lie
+            recorder.unchecked.difference_update(given)
+        recorder.learnt |= {name: recorder.ways[name] for name in given}
+        recorder.plan()
 
 
 def agrees(found: Sums | None, given: Tensor, largest: float, autocast: bool, rows: int = 1) -> bool:

@@ -7,7 +7,7 @@ the uses, and its sign is taken after that.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -127,9 +127,10 @@ class Summing:
         if len(calls) > 1:  # their parts may differ in size, so that whole batches are added up
             streams = [iter([_added(streams)])]
         total: dict[str, Sums] = {}
+        confirmed = replace(self, total=True)  # in every batch, as a module may do something else when it runs again
         for found in streams[0]:
             for key, gradients in found.items():
-                total[key] = self(gradients) + total.get(key)
+                total[key] = confirmed(gradients) + total.get(key)
         return total
 
 

@@ -216,6 +216,18 @@ def test_a_model_compiled_and_run_before_sgsc_was_built_is_not_silent():
         sgsc.scale_gradients_()
 
 
+def test_a_module_that_does_something_else_when_it_runs_again_is_refused_in_any_batch():
+    model = Made(lambda self, x: x * self.own.sin() * self.by, own=nn.Parameter(torch.ones(5)))
+    model.by = 1.0
+    SGSC(model, gamma=0.5)
+    x = torch.randn(4, 5)
+    model(x).square().sum().backward()
+    output = model(x)
+    model.by = 2.0  # between the forward and the backward pass
+    with pytest.raises(RuntimeError, match="'own'"):
+        output.square().sum().backward()
+
+
 def test_the_reference_refuses_coupled_samples_unequal_rows_and_no_samples():
     model, x, y = toy()
     with pytest.raises(ValueError, match=r"'1' \(BatchNorm1d\)"):
