@@ -1,6 +1,7 @@
 """Result files: written whole or not at all, read against the manifest beside them; the table of claims."""
 
 import hashlib
+import io
 import json
 import os
 import sys
@@ -67,7 +68,9 @@ def write_rows(frame: pd.DataFrame, path: Path, *, notebook: str) -> None:
     ...     (Path(folder) / "bank.csv").read_text()
     'loss,notebook\\n0.25,02\\n0.1,05\\n'
     """
-    own = frame.assign(notebook=notebook)
+    # as text, so that a number is written in the same way whether others' rows stand beside it or not
+    text = io.StringIO(frame.assign(notebook=notebook).to_csv(index=False))
+    own = pd.read_csv(text, dtype=str, keep_default_na=False)
     if path.exists():
         others = _read_csv(path, dtype=str, keep_default_na=False)
         if "notebook" not in others:
