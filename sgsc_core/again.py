@@ -8,7 +8,7 @@ operations are repeated with the random numbers of the forward pass, which the o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -94,7 +94,7 @@ def recomputed(
             if done:
                 raise
         way = _by_loop if call.random is None else _by_masks
-        warn_slow(call, way)
+        warn_slow(call, parameters, way)
         if call.random is not None:
             call.random.restore()
         yield from way(again, constant)
@@ -104,16 +104,18 @@ class _Unlike(Exception):
     """A module that ran again gave other outputs."""
 
 
-_warned: set[tuple[str, type]] = set()
+_warned: set[tuple] = set()
 
 
-def warn_slow(call: Call, way: Any) -> None:
-    kind = (call.path, type(call.module))
+def warn_slow(call: Call, names: Iterable[str], way: Any) -> None:
+    kind = (call.path, type(call.module), *names)
     if kind not in _warned:
         _warned.add(kind)
-        each = "a backward pass of the whole batch for each sample" if way is _by_masks else "a pass for each sample"
+        each = f"{call.rows} backward passes of the batch" if way is _by_masks else f"{call.rows} passes of one sample"
         warnings.warn(
-            f"SGSC recomputes {named(call.path, call.module)} by {each}: vmap cannot run it as the forward pass did.",
+            f"SGSC runs {named(call.path, call.module)} again for {', '.join(names)}, by {each}: vmap cannot run it as "
+            "the forward pass did. Faster: no dropout inside a recurrent or attention layer; a bare parameter in a "
+            "small module of its own, or as an nn.Embedding.",
             stacklevel=2,
         )
 

@@ -94,7 +94,7 @@ def refuse_coupled(path: str, module: nn.Module, *_: Any) -> None:
     if is_training_pass() and couples_samples(module):  # train() may have been called since construction
         raise ValueError(
             f"SGSC does not serve {named(path, module)} in training mode: it couples the samples. "
-            "Call its eval(), or use GroupNorm."
+            "Call its eval(), again after each model.train(), or use GroupNorm."
         )
 
 

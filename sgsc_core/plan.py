@@ -168,7 +168,9 @@ def explain_model(model: nn.Module, rules: Mapping[type, Callable]) -> Iterator[
                 yield Served(name, who, name_of(rule_of(module, rules)), "its gradient once more", problem)
             else:
                 again = named(way.again, model.get_submodule(way.again))
-                yield Served(name, who, f"recomputed in {again}", "forward and backward of that once more", problem)
+                yield Served(
+                    name, who, f"recomputed in {again}", "forward and backward of that again, by sample", problem
+                )
         if problem and not own_parameters(module) and not inherited:
             yield Served("", who, "", "", problem)
 

@@ -100,6 +100,8 @@ class Recorder(Backward):
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         kind = tuple((t.ndim, len(t) == rows, t.shape[1:]) if t.ndim else () for t in tensors), model.training
         if kind not in self.looks:
+            for path, module in model.named_modules():  # named before the look blames what stands around
+                refuse_coupled(path, module)
             if self.looks:
                 self.unchecked = {name for name, _ in model.named_parameters()}
                 self.plan()
