@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -114,8 +115,8 @@ def test_a_worker_that_computes_otherwise_or_not_at_all_is_refused_by_its_addres
         (tmp_path / "sgsc_lib.py").write_text("raise ModuleNotFoundError(name='sgsc_lib')")
         variables = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     elif how == "other code":
-        for name in ("sgsc_lib.py", "sgsc_checks.py"):
-            (tmp_path / name).write_text((ROOT / name).read_text() + "\nX = 1\n")
+        definition = shutil.copytree(ROOT / "sgsc_core", tmp_path / "sgsc_core") / "definition.py"
+        definition.write_text(definition.read_text() + "\nX = 1\n")
         variables = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     address = dask(**variables)
     with pytest.raises(RuntimeError, match=rf"worker tcp://127\.0\.0\.1:\d+ .*Found .*{reason}"):
