@@ -51,6 +51,14 @@ def one_by_one(model: nn.Module, x: Tensor, y: Tensor, loss=loss_of) -> dict[str
     return {name: torch.stack([row[name] for row in rows]) for name in own}
 
 
+def parts_of_one_pass(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Per-sample gradients by a backward pass for each sample's loss, all through one forward pass: the oracle where
+    that draws random numbers."""
+    losses, own = F.cross_entropy(model(x), y, reduction="none"), dict(model.named_parameters())
+    rows = [torch.autograd.grad(loss, own.values(), retain_graph=True) for loss in losses]
+    return {name: torch.stack(g) for name, g in zip(own, zip(*rows, strict=True), strict=True)}
+
+
 def gated_step(sgsc: SGSC, optimiser: torch.optim.Optimizer, placement: str) -> None:
     if placement == "before":
         sgsc.scale_gradients_()

@@ -24,6 +24,11 @@ class Made(nn.Module):
         return self.compute(self, *inputs, **named)
 
 
+def one(layer: nn.Module, compute: Any = lambda self, x: self.layer(x)) -> nn.Module:
+    """A model of one layer, `self.layer`."""
+    return Made(compute, layer=layer)
+
+
 def scale(width: int) -> nn.Module:
     """A layer with a layer inside and a parameter used twice."""
     parts = {"scale": nn.Parameter(torch.randn(width)), "inner": nn.Linear(width, width)}
@@ -147,11 +152,6 @@ def bare(draw, batch: int) -> tuple[list[nn.Module], Tensor]:
         return torch.cat([self.token.expand(len(x), -1, -1), x], 1).tanh()
 
     return [Made(forward, **parts), nn.Flatten()], torch.randn(batch, length, width)
-
-
-def recurrent(draw, batch: int) -> tuple[list[nn.Module], Tensor]:
-    layer = draw(st.sampled_from([nn.GRU, nn.LSTM, nn.RNN]))(3, 4, batch_first=True)
-    return [Made(lambda self, x: self.layer(x)[0][:, -1], layer=layer)], torch.randn(batch, 3, 3)
 
 
 @st.composite

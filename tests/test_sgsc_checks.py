@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 from asserts import hooks_on, loss_of, measured
-from inputs import Made, batch_norm, toy
+from inputs import Made, batch_norm, one, toy
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -42,10 +42,6 @@ def test_a_bad_gamma_is_refused_at_construction_and_at_the_gate_and_a_bad_model_
 
 
 # -- a model, before any training --------------------------------------------------------------------------------------
-
-
-def one(layer: nn.Module, compute=lambda self, x: self.layer(x)) -> nn.Module:
-    return Made(compute, layer=layer)
 
 
 REFUSED_MODELS = {  # within an nn.Sequential: the model, and the names in the error

@@ -22,11 +22,12 @@ from asserts import (
     loss_of,
     measured,
     one_by_one,
+    parts_of_one_pass,
     weighted,
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import CLASSES, Made, problems, toy
+from inputs import CLASSES, Made, one, problems, toy
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.checkpoint import checkpoint
@@ -257,10 +258,6 @@ with warnings.catch_warnings(action="ignore"):
     OLDER = nn.utils.weight_norm(nn.Linear(5, 5))
 
 
-def one(layer: nn.Module, compute) -> nn.Module:
-    return Made(compute, layer=layer)
-
-
 SERVED = {  # what stands before a last Linear layer
     "a layer alone": [],
     "a layer of one's own": [inputs.scale(5), nn.ReLU()],
@@ -337,11 +334,7 @@ def test_random_operations_are_repeated_with_the_numbers_of_the_forward_pass(kin
     c = sgsc.consistency()
     sgsc.remove()
     torch.manual_seed(1)
-    losses = F.cross_entropy(model(x), y, reduction="none")  # the same masks: each sample's part of the very pass
-    own = dict(model.named_parameters())
-    rows = [torch.autograd.grad(loss, own.values(), retain_graph=True) for loss in losses]
-    expected = {name: torch.stack(g) for name, g in zip(own, zip(*rows, strict=True), strict=True)}
-    assert_consistency(c, expected)
+    assert_consistency(c, parts_of_one_pass(model, x, y))  # with the same masks
 
 
 @pytest.mark.parametrize("build", [  # exact rules of layers that no random architecture holds
@@ -619,9 +612,7 @@ def test_what_all_samples_share_is_not_run_again_and_dropout_does_not_matter():
     assert computed["tokens.weight"] == "embedding_rule, linear_rule"
     sgsc.remove()
     torch.manual_seed(1)
-    losses, own = F.cross_entropy(model(x), y, reduction="none"), dict(model.named_parameters())
-    rows = [torch.autograd.grad(loss, own.values(), retain_graph=True) for loss in losses]
-    assert_consistency(c, {name: torch.stack(g) for name, g in zip(own, zip(*rows, strict=True), strict=True)})
+    assert_consistency(c, parts_of_one_pass(model, x, y))
 
 
 def axial(self, x):
