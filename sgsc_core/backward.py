@@ -50,13 +50,11 @@ class Backward:
         self.tried: dict[str, list[Call]] = {}  # the same of candidates, by path
         self.fresh: list[str] = []  # parameters that this backward pass has given a gradient
         self.given: dict[str, Tensor] = {}  # that gradient, of unchecked ones
-        self.began: set[int] = set()
+        self.began: set[int] = set()  # of the open ones, those that have reached a parameter
         self.made: dict[str, Sums] = {}  # what this backward pass has added
         self.before: dict[str, Sums | None] = {}  # and to what
         self.misplaced: list[str] = []  # layers whose samples were not found
-        self.lone: list[
-            tuple[Any, int, Call]
-        ] = []  # calls of layers without any: autograd's node of the output, the number
+        self.lone: list[tuple[Any, int, Call]] = []  # calls without such an axis: autograd's node, number, call
         self.shared: dict[str, Shared] = {}  # what all samples share and has its errors, by the parameter's name
 
     def on_errors(self, call: Call, k: int, errors: Tensor | None, view: tuple | None) -> None:
@@ -79,7 +77,7 @@ class Backward:
         self.shared |= dict.fromkeys(shared.names, shared)
 
     def on_backward(self) -> int:
-        """Autograd's number of this backward pass, whose end is asked for."""
+        """Autograd's number of this backward pass, at whose end more is done."""
         task = torch._C._current_graph_task_id()
         if task not in self.open:
             if not self.open:
@@ -163,22 +161,27 @@ class Backward:
                 call.release()
 
     def on_backward_end(self, task: int) -> None:
-        with torch.no_grad(), exactly(*(self.ways[name].parameter for name in self.fresh[:1])):
-            for path, names in self.kept.again.items():
-                if wanted := [name for name in names if name in self.fresh and name in self.arrived]:
-                    calls = self.arrived[wanted[0]]
-                    try:
-                        found = self.of_module(path, calls, wanted)
-                    except (RuntimeError, ValueError) as error:
-                        if self.unchecked.isdisjoint(wanted):
-                            raise
-                        self.misplaced.append(str(error))
-                        continue  # the check looks for a module that can
-                    for name in wanted:
-                        self.add(name, self.arrived.pop(name), found.get(name))
-            confirm(self)
+        if self.fresh:
+            with torch.no_grad(), exactly(self.ways[self.fresh[0]].parameter):
+                self.run_again()
+                confirm(self)
         self.open.discard(task)
         if not self.open:
             for call in itertools.chain(*self.tried.values()):
                 call.release()
             self.forget_calls()
+
+    def run_again(self) -> None:
+        """The sums of what no rule serves, once all errors of the backward pass are there."""
+        for path, names in self.kept.again.items():
+            if wanted := [name for name in names if name in self.fresh and name in self.arrived]:
+                calls = self.arrived[wanted[0]]
+                try:
+                    found = self.of_module(path, calls, wanted)
+                except (RuntimeError, ValueError) as error:
+                    if self.unchecked.isdisjoint(wanted):
+                        raise
+                    self.misplaced.append(str(error))
+                    continue  # the check looks for a module that can
+                for name in wanted:
+                    self.add(name, self.arrived.pop(name), found.get(name))

@@ -37,7 +37,7 @@ def rows_of(args: tuple, kwargs: dict) -> int | None:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors of an output: in tuples, lists, dicts, dataclasses and what has an attribute dict of them."""
+    """All tensors of an output: in tuples, lists, dicts and dataclasses."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
@@ -59,10 +59,10 @@ def behind(output: Tensor, call: Call) -> Tensor:
     return output if base.untyped_storage().data_ptr() in inputs else base
 
 
-def exactly(*tensors: Tensor) -> AbstractContextManager:
+def exactly(tensor: Tensor) -> AbstractContextManager:
     """Without autocast, which would multiply signs in bfloat16: that counts exactly only to 256."""
-    on = [t.device.type for t in tensors[:1] if torch.is_autocast_enabled(t.device.type)]
-    return torch.autocast(on[0], enabled=False) if on else nullcontext()
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 @contextmanager

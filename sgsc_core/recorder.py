@@ -37,11 +37,14 @@ class Recorder(Backward):
         self.checks, self.looks = check, {}  # type: bool, dict[Any, Look]
         self.look = Look({}, {})  # what the look at samples like these found
         self.learnt: dict[str, Way] = {}  # what the first batch has shown of parameters
-        self.unchecked = {name for name, _ in model.named_parameters()} if check else set()
+        self.unchecked = self.names() if check else set()
         self.open: set[int] = set()  # backward passes under way, by autograd's number
         self.forget_calls()
         self.start_statistic()
         self.hook()
+
+    def names(self) -> set[str]:
+        return {name for name, _ in self.model.named_parameters()}
 
     # -- setting the hooks, and planning which calls to keep -----------------------------------------------------------
 
@@ -50,7 +53,8 @@ class Recorder(Backward):
         self.remove()
         model, found, learnt = self.model, ways(self.model, self.rules).items(), self.learnt
         self.ways = {name: learnt.get(name, way) for name, way in found if way.parameter.requires_grad}
-        self.parameters = [(p, p.requires_grad) for p in model.parameters()]
+        self.parameters = [*model.parameters()]
+        self.trained = [p.requires_grad for p in self.parameters]
         self.hooks = [model.register_forward_pre_hook(Hook(self.on_model, model), prepend=True, with_kwargs=True)]
         self.hooks.append(model.register_forward_hook(Hook(self.on_model_end, model), always_call=True))
         held = {path for way in self.ways.values() for owner in way.owners for path in above(owner.path)}
@@ -81,11 +85,15 @@ class Recorder(Backward):
     def on_model(self, _: str, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if not is_training_pass():
             return
-        if [(id(p), p.requires_grad) for p in model.parameters()] != [(id(p), own) for p, own in self.parameters]:
+        now = [*model.parameters()]
+        replaced = len(now) != len(self.parameters) or any(
+            p is not q for p, q in zip(now, self.parameters, strict=True)
+        )
+        if replaced or [p.requires_grad for p in now] != self.trained:
             if problems := problems_of(model, self.rules):  # some were frozen, thawed, replaced
                 raise ValueError("\n".join(problems))
-            if [id(p) for p in model.parameters()] != [id(p) for p, _ in self.parameters] and self.checks:
-                self.looks, self.learnt, self.unchecked = {}, {}, {name for name, _ in model.named_parameters()}
+            if replaced and self.checks:
+                self.looks, self.learnt, self.unchecked = {}, {}, self.names()
             self.hook()
         self.forget_calls()
         rows = rows_of(args, kwargs)
@@ -103,7 +111,7 @@ class Recorder(Backward):
             for path, module in model.named_modules():  # named before the look blames what stands around
                 refuse_coupled(path, module)
             if self.looks:
-                self.unchecked = {name for name, _ in model.named_parameters()}
+                self.unchecked = self.names()
                 self.plan()
             self.looks[kind] = second_look(model, args, kwargs, rows)
         self.look = self.looks[kind]

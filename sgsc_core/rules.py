@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sgsc_core.definition import factored_sums, statistic_dtype
+from sgsc_core.definition import factored_sums, per_sample_gradients, statistic_dtype
 
 CHUNK_ENTRIES = 2**19  # of per-sample gradients held at once, but for one sample's: 2 MiB stay in a core's cache
 
@@ -264,24 +264,13 @@ RULES: dict[type, Rule] = {
 
 
 def per_sample_rule(module: nn.Module, inputs: Any, errors: Tensor) -> Mapping[str, PerSample]:
-    """For a layer of one's own that maps one tensor to one tensor, sample by sample: its own per-sample gradients, by
-    vmap. `SGSC.rules[MyLayer] = per_sample_rule` says that the parameters are used in the layer alone. SGSC finds that
-    out by itself where it checks the first batch, and recomputes the smallest module that holds.
+    """The gradients by definition, of any layer that keeps samples apart: what a rule of one's own is compared with.
+
+    `SGSC.rules[MyLayer] = per_sample_rule` says that the layer has no rule of its own, which is so without it.
 
     >>> per_sample_rule(nn.LayerNorm(2), torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 1.0]]))["weight"]
     tensor([[-1.0000,  1.0000]])
     """
-    parameters = {name: p.detach() for name, p in module.named_parameters(recurse=False) if p.requires_grad}
-    rest = {name: p.detach() for name, p in module.named_parameters() if name not in parameters}
-    rest |= dict(module.named_buffers())
-    dtype = next(iter(parameters.values())).dtype
-    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
-    # under autocast a layer casts its input itself; here it is off
-    tensors = tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
-
-    def inner_product(parameters: dict[str, Tensor], delta: Tensor, *of_sample: Tensor) -> Tensor:
-        output = torch.func.functional_call(module, parameters | rest, tuple(t.unsqueeze(0) for t in of_sample))
-        return (output * delta).sum()  # its gradient is the layer's vector-Jacobian product with δ_i
-
-    in_dims = (None, 0, *[0] * len(tensors))
-    return torch.func.vmap(torch.func.grad(inner_product), in_dims, randomness="error")(parameters, errors, *tensors)
+    # of the inner product with δ_i: the layer's vector-Jacobian product
+    found = per_sample_gradients(module, inputs, errors, lambda output, delta: (output * delta).sum())
+    return {key: g for key, g in found.items() if key in module._parameters}
