@@ -195,7 +195,7 @@ def test_bad_parameters_are_refused_in_a_kernel_from_papermill_and_from_a_reader
     with pytest.raises(papermill.PapermillExecutionError, match="`epochs`"):
         papermill.execute_notebook(path, tmp_path / "out.ipynb", {"epochs": 1}, kernel_name="python3", cwd=tmp_path)
     notebook = nbformat.read(path, as_version=4)
-    next(cell for cell in notebook.cells if cell.metadata.get("tags")).source += "\nepochs = 1"
+    next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])).source += "\nepochs = 1"
     with pytest.raises(nbclient.exceptions.CellExecutionError, match="`epochs`"):
         nbclient.execute(notebook, cwd=tmp_path)
 
