@@ -22,13 +22,13 @@ SUMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def align_runs(values: Tensor, like: Tensor) -> Tensor:
-    """Values [R], one a run, as [R, 1, ...] in the dtype of `like` [R, ...], so that they broadcast over it.
+    """Values [R], one a run, as [R, 1, ...] of the dtype and device of `like` [R, ...], so that they broadcast over it.
 
     >>> align_runs(torch.tensor([0.5, 2.0], dtype=torch.float64), torch.ones(2, 3)) * torch.ones(2, 3)
     tensor([[0.5000, 0.5000, 0.5000],
             [2.0000, 2.0000, 2.0000]])
     """
-    return values.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+    return values.to(like).view(-1, *[1] * (like.ndim - 1))
 
 
 def _share(part: Tensor, whole: Tensor, gamma: Tensor) -> Tensor:

@@ -53,14 +53,14 @@ def search(cache, data: Dataset = SMALL, arms: dict | None = None, **changes) ->
 
 
 def nobody_trains(*_, **__):
-    """In the place of torch.autograd.grad it fails whoever trains."""
+    """In the place of the engine's `backward` it fails whoever trains."""
     raise AssertionError("something was trained")
 
 
 def assert_refused(call, error: type[Exception], **bad: list) -> None:
     """Each of these values of each parameter is refused by the parameter's name, before any training."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch.autograd.grad", nobody_trains)
+        patch.setattr("sgsc_study.engine.backward", nobody_trains)
         for name, value in ((name, value) for name, values in bad.items() for value in values):
             with pytest.raises(error, match=f"`{name}`"):
                 call(**{name: value})

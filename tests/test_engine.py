@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from study_inputs import CONTROLLED, DOUBLE, FRESH, MUON, OPTIMIZED, RELATED, RUNS, SHORT, assert_same, shortly
+from study_inputs import CONTROLLED, DOUBLE, FRESH, MUON, OPTIMIZED, RELATED, RUNS, SHORT, SMALL, assert_same, shortly
 from test_gates import DEFINITIONS
 
 from sgsc_lib import SGSC, mlp, per_sample_gradients
-from sgsc_study import GATES, Run
-from sgsc_study.engine import controlled, stream, training
+from sgsc_study import GATES, Dataset, Run
+from sgsc_study.engine import controlled, evaluate, stream, training
 from sgsc_study.runs import HALVES
 
 X, Y = DOUBLE.x_train, DOUBLE.y_train
@@ -78,6 +78,15 @@ def test_every_run_trains_as_torch_does_it_from_per_sample_gradients_in_float64(
     found = [*curves.step_loss[0], curves.test_accuracy[0, -1], curves.test_loss[0, -1]]
     np.testing.assert_allclose(found, by_reference(run), rtol=1e-6 if run.gate == "snr" else 1e-8)
     np.testing.assert_allclose(curves.probe_loss[0, 2::3], curves.train_loss[0], rtol=1e-9)  # of all rows, after a step
+
+
+@pytest.mark.parametrize("run", RUNS[:3] + CONTROLLED + RELATED + OPTIMIZED + MUON[:2], ids=str)
+def test_a_step_stays_on_the_device_of_its_data(run):
+    """torch's device "meta" has shapes and no numbers: what the processor holds can't be mixed in unmoved."""
+    elsewhere = Dataset(*(part.to("meta") for part in SMALL))
+    step = next(training([run] * 2, elsewhere, GATES.get(run.gate) if run.gamma else None, 1, 40, (40, 24, 10)))
+    kept = [step.losses, *step.gradients, *(step.gates or []), *step.updates, *step.parameters]
+    assert {part.device.type for part in [*kept, *evaluate(step.parameters, *elsewhere[:2])]} == {"meta"}
 
 
 def test_gamma_zero_is_plain_adam_bit_for_bit():

@@ -60,7 +60,7 @@ def test_a_second_search_trains_nothing_and_another_does(tmp_path, monkeypatch, 
     arms = {"mine": {"lr": SPACE["lr"], "gamma": 0.5, "gate": "mine"}}
     monkeypatch.setitem(GATES, "mine", gate(0.5))
     first = search(tmp_path), search(tmp_path, arms=arms)
-    monkeypatch.setattr("torch.autograd.grad", nobody_trains)
+    monkeypatch.setattr("sgsc_study.engine.backward", nobody_trains)
     same(first[0], search(tmp_path, study="another name"), check_exact=True)
     same(first[1], search(tmp_path, arms=arms), check_exact=True)
     monkeypatch.setitem(GATES, "mine", gate(0.3))
@@ -85,7 +85,7 @@ def test_a_journal_in_the_way_changes_nothing(tmp_path, whole, left):
 def test_a_database_holds_the_search_and_a_second_one_replaces_it(tmp_path, monkeypatch):
     url = f"sqlite:///{tmp_path / 'trials.db'}"
     first = search(tmp_path, storage=url, n_trials=4)
-    monkeypatch.setattr("torch.autograd.grad", nobody_trains)
+    monkeypatch.setattr("sgsc_study.engine.backward", nobody_trains)
     for storage in (url, ""):
         same(search(tmp_path, storage=storage, n_trials=4), first, check_exact=True)
     studies = [optuna.load_study(study_name=name, storage=url) for name in optuna.get_all_study_names(url)]
@@ -99,7 +99,7 @@ URLS += ["postgresql://me:a@hunter2@127.0.0.1:1/db", "postgresql://me/x:hunter2@
 
 @pytest.mark.parametrize("url", URLS)
 def test_a_bad_url_is_refused_by_name_and_its_password_never_shown(tmp_path, monkeypatch, url):
-    monkeypatch.setattr("torch.autograd.grad", nobody_trains)
+    monkeypatch.setattr("sgsc_study.engine.backward", nobody_trains)
     with pytest.raises(ValueError, match="`storage`") as refused:
         search(tmp_path, storage=url)
     assert "hunter2" not in str(refused.value)

@@ -25,7 +25,7 @@ def test_the_cache_answers_for_the_same_runs_data_and_settings_only(tmp_path, mo
     flipped.x_test[0, 0].neg_()
     same = {"runs": RUNS + CONTROLLED, "data": SMALL, "fresh": FRESH, "cache": tmp_path}
     first = shortly(**same)
-    monkeypatch.setattr("torch.autograd.grad", nobody_trains)
+    monkeypatch.setattr("sgsc_study.engine.backward", nobody_trains)
     assert_same(shortly(**same), first)
     others = {"epochs": 3, "batch_size": 41, "widths": (40, 10), "probe_size": 9, "fresh": None, "data": flipped}
     for name, value in (others | {"runs": [Run(0, 0.0031)]}).items():
@@ -71,6 +71,6 @@ def test_bad_arguments_are_refused_by_name_before_any_training():
     short, check = partial(shortly, [Run(0, 0.1)]), partial(check_training, SMALL, **SHORT)
     bad = {"epochs": [0], "batch_size": [97], "widths": [(41, 10), (40, 5), (40,), (40, 0, 10)], "probe_size": [97]}
     assert_refused(check, ValueError, **bad)
-    assert_refused(short, ValueError, stack_size=[0], evaluate_every=[0], **bad)
+    assert_refused(short, ValueError, stack_size=[0], evaluate_every=[0], device=["cuda", "nowhere"], **bad)
     assert_refused(short, TypeError, epochs=[2.0])
     assert_refused(shortly, TypeError, runs=[[], [{"seed": 0}]])
