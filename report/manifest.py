@@ -77,7 +77,7 @@ def environment() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
             "arithmetic": arithmetic(),
-            **{name: os.environ.get(name, "not set") for name in ("OMP_NUM_THREADS", *instructions.VARIABLES)},
+            **{k: os.environ.get(k, "not set") for k in ("OMP_NUM_THREADS", "SGSC_DEVICE", *instructions.VARIABLES)},
         },
     }
 

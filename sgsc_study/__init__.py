@@ -22,6 +22,7 @@ from sgsc_study.bank import (
     border_hits,
     by_cell,
     compare_tuned,
+    grown,
     race,
     rechosen,
     tuned_against,

@@ -4,7 +4,7 @@ It tunes by measuring the surface, not by drawing a search: the winner of a shor
 spread no number of evaluation seeds removes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
@@ -73,6 +73,38 @@ def race(
         kept = {cell for arm, cells in alive.items() for cell in cells if means[cell] >= best[arm] - margin}
         running, done = [cell for cell in running if cell in kept], n_seeds
     return bank, pd.concat(by_epoch, ignore_index=True)
+
+
+def grown(
+    bank: pd.DataFrame,
+    arms: Mapping[str, Sequence[str]],
+    train_more: Callable[[dict[str, list[Run]]], pd.DataFrame],
+    ratio: float = 1.6,
+) -> pd.DataFrame:
+    """A bank with more learning rates, beyond an end of a grid, until no arm's best cell has the last one of its grid.
+
+    `arms` as in `border_hits`. `train_more` trains cells, given as for `race`, and returns the rows of their runs. Two
+    rates are added at a time, each `ratio` times the one before, or a fraction of it. A grid of one rate stays.
+
+    >>> def more(cells):
+    ...     rows = [{"arm": arm, **vars(run)} for arm, runs in cells.items() for run in runs]
+    ...     return pd.DataFrame(rows).assign(valid_accuracy=lambda bank: 1 - (bank["lr"] - 0.4).abs())
+    >>> sorted(grown(more({"Adam": [Run(0, 0.1), Run(0, 0.16)]}), {"Adam": ["Adam"]}, more)["lr"])
+    [0.1, 0.16, 0.26, 0.41, 0.66, 1.1]
+    """
+    while True:
+        cells: dict[str, list[Run]] = {}
+        for parts in arms.values():
+            best = Run(0, *best_cell(by_cell(bank, parts)))
+            same = (bank[["seed", *CELL]].assign(seed=0, lr=best.lr) == pd.Series(vars(best))).all(axis=1)
+            rates = bank.loc[same & bank["arm"].isin(parts), "lr"]
+            arm = bank.loc[same & (bank["lr"] == best.lr), "arm"].iloc[0]
+            for end, by in ((rates.min(), 1 / ratio), (rates.max(), ratio)):
+                if rates.nunique() > 1 and best.lr == end:
+                    cells.setdefault(arm, []).extend(replace(best, lr=float(f"{end * by**k:.2g}")) for k in (1, 2))
+        if not cells:
+            return bank
+        bank = pd.concat([bank, train_more({arm: [*dict.fromkeys(own)] for arm, own in cells.items()})])
 
 
 def by_cell(runs: pd.DataFrame, arms: Sequence[str] = (), column: str = "valid_accuracy") -> pd.DataFrame:

@@ -20,7 +20,7 @@ def adam(gradient: Tensor, state: dict[str, Tensor], lr: Tensor, step: int, _hid
         state |= {"m": torch.zeros_like(gradient), "v": torch.zeros_like(gradient)}
     m = state["m"].lerp_(gradient, 1 - BETA1)
     v = state["v"].mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
-    denominator = (v.sqrt() / (1 - BETA2**step) ** 0.5).add_(EPSILON)
+    denominator = v.sqrt().div_((1 - BETA2**step) ** 0.5).add_(EPSILON)
     return (m * align_runs(-lr / (1 - BETA1**step), gradient)).div_(denominator)
 
 
