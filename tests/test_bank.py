@@ -15,6 +15,7 @@ from sgsc_study import (
     by_cell,
     compare_paired,
     compare_tuned,
+    grown,
     race,
     rechosen,
     train,
@@ -56,6 +57,18 @@ def test_a_row_is_the_run_that_its_fields_say_and_the_index_of_a_cell_makes_it_a
     again = train([Run(seed, *best_cell(valid)) for seed in valid.columns], SMALL, **SETTINGS).final()
     np.testing.assert_array_equal(again["valid_accuracy"], valid.loc[best_cell(valid)])
     assert by_cell(pd.concat([bank, bank.assign(arm="same cells")])).equals(by_cell(bank))
+
+
+def test_a_bank_grows_until_no_best_rate_is_the_last_of_its_grid_and_shared_cells_stay_with_their_first_arm():
+    how = {"rounds": [2, 4], "first_seed": 70, **SETTINGS}
+    few, parts = {"Adam": ADAM[:2], "after": [Run(0, lr, 0.5, "after") for lr in RATES[:2]]}, ["Adam", "after"]
+    arms = {"Adam": ["Adam"], "both": parts}
+    first = race(few, SMALL, **how)[0]
+    assert any("lr" in hit for hit in border_hits(first, arms))
+    whole = grown(first, arms, lambda more: race(more, SMALL, **how)[0])
+    assert not any("lr" in hit for hit in border_hits(whole, arms))
+    assert whole.iloc[: len(first)].equals(first) and (whole["arm"] == "Adam").equals(whole["gamma"] == 0)
+    assert not whole.duplicated(["seed", *CELL]).any()
 
 
 def grid(values: list[list[float]], placement: str = "after") -> pd.DataFrame:
