@@ -20,7 +20,7 @@ CORES = 2
 MOST = 2.5e8  # numbers in the per-sample gradients
 PANELS = {
     "batch size": {n: partial(mlp_on, n, 40, 128, 128, 10) for n in (8, 32, 128, 512, 2048)},
-    "width": {n: partial(mlp_on, 128, 40, n, n, 10) for n in (32, 128, 512, 1024, 2048)},
+    "width": {n: partial(mlp_on, 128, 40, n, n, 10) for n in (16, 64, 256, 1024, 4096)},
     "positions": {n: partial(on_sequences, n) for n in (4, 16, 64, 256, 1024)},
 }
 

@@ -45,13 +45,14 @@ def bars(statistic: pd.DataFrame, training: pd.DataFrame) -> str:
         errors = [table.ratio - table.ratio_low, table.ratio_high - table.ratio]
         colours = ["C0" if own else "C1" for own in table.method.str.contains("SGSC|stacked")]
         colours = [
-            "0.6" if method.startswith("hooks") else own for method, own in zip(table.method, colours, strict=True)
+            "0.6" if method.startswith(("plain", "hooks")) else own
+            for method, own in zip(table.method, colours, strict=True)
         ]
         ax.barh(table.method, table.ratio - 0.7, left=0.7, color=colours, xerr=errors, ecolor="0.3", height=0.65)
         for y, (value, high) in enumerate(zip(table.ratio, table.ratio_high, strict=True)):
             ax.annotate(f" {value:.3g}", (high, y), va="center", fontsize=8)
         ax.set(xscale="log", xlabel=label, xlim=(0.7, table.ratio_high.max() * 4))
-        ax.set_title(title, fontsize=9.5)
+        ax.set_title(title, fontsize=8.8)
         ax.xaxis.set_major_formatter(PLAIN)
         ax.tick_params(labelsize=8)
         ax.xaxis.label.set_size(8.5)
@@ -86,6 +87,7 @@ def lines(scaling: pd.DataFrame) -> str:
         ax.yaxis.set_major_formatter(PLAIN)
         ax.tick_params(labelsize=8.5)
         ax.set_title(title, fontsize=9)
-    axes[0].set_ylabel("a pass, time / plain")
+        ax.xaxis.label.set_size(9.5)
+    axes[0].set_ylabel("a pass, time / plain", fontsize=9.5)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return as_svg(fig)

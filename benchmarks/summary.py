@@ -163,7 +163,8 @@ def where(profile: pd.DataFrame, table: pd.DataFrame) -> str:
     text = f"In units of a plain pass:\n\n{markdown(shown)}\n"
     lines = []
     for model in dict.fromkeys(table.model[(table.reached != "yes") & ~table.aim.str.contains("memory")]):
-        row = models[models.model == model]
+        missed = table.reached[(table.model == model) & ~table.aim.str.contains("memory")]
+        row = models[(models.model == model) & (models.cores == (1 if set(missed) <= {"yes", "not on 1"} else 2))]
         if row.empty:
             row = profile[profile.own.isna()].iloc[0]
             shares = [f"{100 * row[part] / row.milliseconds:.0f} % {what}" for part, what in
