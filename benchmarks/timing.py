@@ -41,10 +41,10 @@ def in_turns(
     """The seconds of each way's pass, in rounds in which the ways take turns.
 
     A way has as many rounds as fit into `budget` seconds, `rounds` at most. One whose pass takes longer than that has
-    one round: the pass by which that was found. `known` are the seconds of a pass that was made before.
+    one round: the pass by which that was found, or the one that was made before, whose seconds are in `known`.
     """
     known = known or {}
-    first = {way: known[way] if known.get(way, 0) > SLOW else warmed_up(once) for way, once in passes.items()}
+    first = {way: known[way] if known.get(way, 0) > budget else warmed_up(once) for way, once in passes.items()}
     repeat = {way: max(1, round(ROUND_SECONDS / first[way])) for way in passes}
     fit = {way: budget / (first[way] * (repeat[way] + (first[way] < SLOW))) for way in passes}
     taken = {way: [] if fit[way] >= 1 else [first[way]] for way in passes}
