@@ -35,8 +35,8 @@ benchmarks/.venv/installed: benchmarks/requirements.txt
 	benchmarks/.venv/bin/pip install --quiet --no-deps -e . && touch $@
 
 bench: benchmarks/.venv/installed  ## time SGSC and the study's engine against their peers; writes docs/benchmark.md
-	cd benchmarks && .venv/bin/python bench_statistic.py && .venv/bin/python bench_training.py \
-	  && .venv/bin/python summary.py
+	cd benchmarks && for part in bench_statistic bench_training bench_scaling bench_profile summary; do \
+	  .venv/bin/python $$part.py || exit; done
 
 benchmarks/.venv-architectures/installed: benchmarks/architectures.txt
 	$(PYTHON) -m venv benchmarks/.venv-architectures

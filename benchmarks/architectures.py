@@ -21,6 +21,7 @@ from typing import Any
 os.environ |= {"KINETO_LOG_LEVEL": "9", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # the profiler's chatter; read on import
 import pandas as pd
 import torch
+from cases import ARCHITECTURES
 from summary import ROOT, markdown, put
 from timing import RESULTS, machine, median_interval, note
 from torch import nn
@@ -43,8 +44,6 @@ def call(model: nn.Module, x: Any) -> Any:
 
 def build(name: str, dropout: float = 0.0) -> Any:
     """The case, the same at every call, in training mode."""
-    from zoo import ARCHITECTURES  # not above: `--page` needs none of its libraries
-
     torch.manual_seed(0)
     case = ARCHITECTURES[name](dropout)
     for p in case.model.parameters():
@@ -282,14 +281,15 @@ def main() -> None:
     args = parser.parse_args()
     if args.page:
         return put("architectures", page(pd.read_csv(TABLE)), PAGE, "architectures.py")
-    import zoo
+    import zoo  # here and not above: `--page` needs none of its libraries
+    import zoo_torch  # noqa: F401 - both enter their architectures, in the order of the table
 
     from sgsc_study import write_table
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     rows, failed = [], []
-    for name in zoo.ARCHITECTURES:
+    for name in ARCHITECTURES:
         if args.only and not any(part in name for part in args.only):
             continue
         start = time.perf_counter()

@@ -8,19 +8,15 @@ to the study's 50. The ways take turns in one process: once on one core (what a 
     python bench_training.py --quick     one epoch, three rounds, writes results/quick/training.csv
 """
 
-import argparse
 import importlib.metadata
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from timing import RESULTS, machine, median_interval, note
+from timing import compared, machine, median_interval, note, on_cores, quick_or_not
 
 from sgsc_lib import mlp, per_sample_gradients, sign_consistency
 from sgsc_study import Dataset, Run, load_mnist1d, train, write_table
@@ -207,8 +203,6 @@ def time_ways(cores: int, epochs: int, rounds: int) -> list[dict]:
             taken[name].append((time.perf_counter() - start) / n_runs * EPOCHS / epochs)
     rows = []
     for name, (_, n_runs) in all_ways.items():
-        ratios = [other / mine for other, mine in zip(taken[name], taken[own], strict=True)]
-        seconds, ratio, low, high = median_interval(taken[name])[0], *median_interval(ratios)
         loss, accuracy = (values[0] for values in first[name])
         rows.append(
             {
@@ -217,10 +211,8 @@ def time_ways(cores: int, epochs: int, rounds: int) -> list[dict]:
                 "runs_a_call": n_runs,
                 "rounds": rounds,
                 "epochs_timed": epochs,
-                "seconds_a_run": seconds,
-                "ratio": ratio,
-                "ratio_low": low,
-                "ratio_high": high,
+                "seconds_a_run": median_interval(taken[name])[0],
+                **compared(taken, name, own, "ratio"),
                 "train_loss": loss,
                 "test_accuracy": accuracy,
             }
@@ -228,31 +220,14 @@ def time_ways(cores: int, epochs: int, rounds: int) -> list[dict]:
     return rows
 
 
-def on_cores(cores: int, epochs: int, rounds: int) -> list[dict]:
-    """`time_ways` in a process that has only so many cores, libraries' own threads included."""
-    kept = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None  # elsewhere than on Linux: all cores
-    try:
-        if kept:
-            os.sched_setaffinity(0, sorted(kept)[:cores])
-        command = [sys.executable, __file__, "--cores", str(cores), str(epochs), str(rounds)]
-        return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    finally:
-        if kept:
-            os.sched_setaffinity(0, kept)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one epoch, three rounds, to results/quick")
-    parser.add_argument("--cores", nargs=3, type=int, metavar=("CORES", "EPOCHS", "ROUNDS"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.cores:
-        return print(json.dumps(time_ways(*args.cores)))
+    args, folder = quick_or_not(__doc__)
     epochs, rounds = (1, 3) if args.quick else (3, 7)
-    rows = [row for cores in (1, 2) for row in on_cores(cores, epochs, rounds)]
+    if args.cores:
+        return print(json.dumps(time_ways(int(args.cores[0]), epochs, rounds)))
+    quick = ["--quick"] * args.quick
+    rows = [row for cores in (1, 2) for row in on_cores(cores, __file__, *quick)]
     frame = pd.DataFrame(rows).assign(machine=machine(), jax=importlib.metadata.version("jax"))
-    folder = RESULTS / "quick" if args.quick else RESULTS
-    folder.mkdir(parents=True, exist_ok=True)
     write_table(frame, folder / "training.csv")
     note(frame.drop(columns=["machine", "jax"]).to_string(index=False, float_format="{:.3f}".format))
 

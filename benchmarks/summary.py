@@ -1,85 +1,94 @@
-"""Turn the benchmark's two tables into a plot and a page of markdown, for docs/benchmark.md and in short the README.
+"""Turn the benchmark's tables into two plots and a page of markdown, for docs/benchmark.md and in short the README.
 
-The aims were set before anything was measured.
-
-    python summary.py             results/benchmark.svg, and the tables in docs/benchmark.md and the README
-    python summary.py --quick     the same from results/quick, to results/quick/benchmark.md
+python summary.py             results/*.svg, docs/benchmark.md and the README, by the tables in results
+python summary.py --quick     the same from results/quick, to results/quick/benchmark.md
 """
 
 import argparse
-import io
 from pathlib import Path
 
-import matplotlib
 import pandas as pd
+from plots import bars, lines
 from timing import RESULTS
 
 from sgsc_study.results import write_text
 
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
-
 ROOT = Path(__file__).resolve().parents[1]
-FLOOR, OURS, SCALED = "plain backward", "SGSC, statistic", "SGSC, scale_gradients_"
-PARTS = ("hooks that do nothing", "hooks and sign products")  # no methods: they show where SGSC's time goes
-WIDE, SMALL = "784-1024-1024-10", "40-128-128-10"
+FLOOR, HOOKS, OURS, SCALED = "plain backward", "hooks that do nothing", "SGSC, statistic", "SGSC, scale_gradients_"
+# The most that SGSC's time may be over a plain pass, and the least that the fastest peer's may be over SGSC's.
+AIMS = {
+    "40-128-128-10": (1.7, 5),
+    "784-1024-1024-10": (1.45, 40),
+    "MNIST-1D CNN": (1.6, 1),
+    "CNN with GroupNorm": (1.4, 1.5),
+    "Linear on sequences": (1.25, 1),
+    "small GPT": (1.5, 1),
+    "resnet18 with GroupNorm": (3, 5),
+}
+MEMORY = 1.2  # the most that the process's peak memory may be over that of a plain pass
+EXTRA_MEMORY = {"Linear on sequences": 0.2}  # the most of the fastest peer's memory beyond a plain pass
+RUN, RUNS = "vmap, one run at a time", {2: 18, 1: 12}  # by cores: the least, over the stacked run
 PAGE = ROOT / "docs" / "benchmark.md"
 MARKS = "<!-- {0}: written by benchmarks/{1} from benchmarks/results -->\n", "<!-- /{0} -->"
-PICTURE = (
-    '<img src="../benchmarks/results/benchmark.svg" alt="Bar charts: the time of a pass over that of a plain one, for '
-    "SGSC and its peers on three models; the time of a training run over that of the stacked one. The tables below "
-    'hold every number.">\n\n'
+IMAGE = '<img src="../benchmarks/results/{}.svg" alt="{}">\n\n'
+BARS = IMAGE.format(
+    "benchmark",
+    "Bar charts: the time of a pass over that of a plain one, for SGSC and its peers on each model; the time of a "
+    "training run over that of the stacked one. The tables below hold every number.",
+)
+LINES = IMAGE.format(
+    "scaling",
+    "Three panels with logarithmic axes: the time of a pass with SGSC and of one with vmap over that of a plain one, "
+    "against the batch size, the width and the number of positions, with intervals.",
 )
 
 
+def peers_of(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows, by method, of the other ways to c that were timed."""
+    return table[table.ratio.notna()].drop(index=[FLOOR, HOOKS, OURS, SCALED], errors="ignore")
+
+
+def interval(row: pd.Series, column: str) -> str:
+    return f"{row[column]:.2f} ({row[f'{column}_low']:.2f} to {row[f'{column}_high']:.2f})"
+
+
+def aim(model: str, text: str, limit: float, found: dict[int, tuple[float, str]], *, at_most: bool) -> dict:
+    """A row of the table of aims; `found` has by cores a value and how it is shown."""
+    reached = {cores: value <= limit if at_most else value >= limit for cores, (value, _) in found.items()}
+    missed = " and ".join(str(cores) for cores, yes in reached.items() if not yes)
+    shown = {f"{cores} core{'s' if cores > 1 else ''}": found.get(cores, (0, "–"))[1] for cores in (2, 1)}
+    told = "no" if not any(reached.values()) else f"not on {missed}" if missed else "yes"
+    return {"model": model, "aim": f"{text} {'≤' if at_most else '≥'} {limit:g}", **shown, "reached": told}
+
+
 def aims(statistic: pd.DataFrame, training: pd.DataFrame) -> pd.DataFrame:
-    """What was aimed at, and what came out."""
+    """What was aimed at, and what came out, on two cores and on one."""
     rows = []
-
-    def add(what: str, limit: float, value: float, low: float, high: float, *, at_most: bool) -> None:
-        reached = value <= limit if at_most else value >= limit
-        aim = f"{what} {'≤' if at_most else '≥'} {limit:g}"
-        spread = "" if pd.isna(low) else f"{low:.2f} to {high:.2f}"
-        rows.append({"aim": aim, "measured": f"{value:.2f}", "interval": spread, "reached": "yes" if reached else "no"})
-
-    for model, limits, faster in ((WIDE, (1.5, 1.6), 70), (SMALL, (1.7, 2.0), 5)):
-        table = statistic[statistic.model == model].set_index("method")
-        if table.empty:
-            continue
-        for method, limit in zip((OURS, SCALED), limits, strict=True):
-            row = table.loc[method]
-            add(f"{model}: {method}, time / plain", limit, row.ratio, row.ratio_low, row.ratio_high, at_most=True)
-            if model == WIDE and "peak_ratio" in row:
-                add(
-                    f"{model}: {method}, peak memory of the process / plain",
-                    1.1,
-                    row.peak_ratio,
-                    pd.NA,
-                    pd.NA,
-                    at_most=True,
-                )
-        peers = table.drop(index=[FLOOR, OURS, SCALED, *PARTS])
-        best = peers.loc[peers.times_sgsc.idxmin()]
-        add(
-            f"{model}: fastest peer ({best.name}), time / {OURS}",
-            faster,
-            best.times_sgsc,
-            best.times_sgsc_low,
-            best.times_sgsc_high,
-            at_most=False,
-        )
-    for cores, table in training.groupby("cores"):
-        for start, limit in (("vmap", 20), ("JAX", 5)):
-            rivals = table[table.method.str.startswith(start)]
-            best = rivals.loc[rivals.ratio.idxmin()]
-            add(
-                f"a training run on {cores} core{'s' if cores > 1 else ''}: {best.method}, time / stacked",
-                limit,
-                best.ratio,
-                best.ratio_low,
-                best.ratio_high,
-                at_most=False,
-            )
+    for model, (limit, faster) in AIMS.items():
+        tables = {cores: table.set_index("method")
+                  for cores, table in statistic[statistic.model == model].groupby("cores")}  # fmt: skip
+        for method in (OURS, SCALED):
+            found = {c: (table.ratio[method], interval(table.loc[method], "ratio")) for c, table in tables.items()}
+            rows.append(aim(model, f"{method}, time / plain", limit, found, at_most=True))
+        best = {cores: peers.loc[peers.ratio.idxmin()] for cores, table in tables.items()
+                if len(peers := peers_of(table))}  # fmt: skip
+        found = {c: (p.times_sgsc, f"{interval(p, 'times_sgsc')}, {p.name}") for c, p in best.items()}
+        rows.append(aim(model, "fastest peer, time / SGSC", faster, found, at_most=False))
+        table = tables[max(tables)]
+        if "peak_ratio" in table:
+            value = table.peak_ratio[[OURS, SCALED]].max()
+            found = {max(tables): (value, f"{value:.2f}")}
+            rows.append(aim(model, "peak memory of the process / plain", MEMORY, found, at_most=True))
+            if model in EXTRA_MEMORY:
+                extra = table.peak_mib - table.peak_mib[FLOOR]
+                value = extra[OURS] / extra[best[max(tables)].name]
+                found = {max(tables): (value, f"{value:.2f}")}
+                text = "memory beyond a plain pass / the fastest peer's"
+                rows.append(aim(model, text, EXTRA_MEMORY[model], found, at_most=True))
+    for cores, limit in RUNS.items():
+        row = training[(training.cores == cores) & (training.method == RUN)].iloc[0]
+        found = {cores: (row.ratio, interval(row, "ratio"))}
+        rows.append(aim("a training run", f"{RUN}, time / stacked", limit, found, at_most=False))
     return pd.DataFrame(rows)
 
 
@@ -91,28 +100,85 @@ def markdown(frame: pd.DataFrame) -> str:
     )
 
 
-def interval(row: pd.Series, column: str) -> str:
-    if pd.isna(row.get(column)):
-        return "c differs: not timed"
-    return f"{row[column]:.2f} ({row[f'{column}_low']:.2f} to {row[f'{column}_high']:.2f})"
-
-
-def page(statistic: pd.DataFrame, training: pd.DataFrame) -> str:
-    passes = pd.DataFrame(
-        {
-            "model": statistic.model,
-            "method": statistic.method
-            + statistic.apply(lambda row: "" if row.package in ("torch", "sgsc") else f" {row.version}", axis=1),
-            "milliseconds": statistic.milliseconds.map("{:.3g}".format),
-            "time / plain": statistic.apply(interval, axis=1, column="ratio"),
-            "time / SGSC": statistic.apply(interval, axis=1, column="times_sgsc"),
-            "rounds": statistic.rounds.astype("Int64").astype(str),
-            "entries that differ": statistic.differing,
-        }
+def expected(statistic: pd.DataFrame) -> list[str]:
+    """What to expect, in three sentences."""
+    table = statistic[statistic.cores == statistic.cores.max()].set_index("method")
+    passes, peers = table.loc[[SCALED]], peers_of(table)
+    worst, least = passes.loc[passes.ratio == passes.ratio.max()].iloc[0], passes.ratio.min()
+    best = peers.groupby("model").times_sgsc.min()
+    first = (
+        f"A pass with SGSC takes {least:.1f} to {worst.ratio:.1f} times as long as a plain one, longest on "
+        f"{worst.model}, on two cores."
     )
-    if "peak_ratio" in statistic:
-        passes["peak memory / plain"] = statistic.peak_ratio.map("{:.2f}".format)
-        passes["of the pass alone"] = statistic.pass_ratio.map("{:.1f}".format)
+    second = (
+        f"The fastest other way to the same numbers takes {best.min():.1f} to {best.max():.0f} times as long as SGSC: "
+        f"least on {best.idxmin()}, most on {best.idxmax()}."
+    )
+    if "peak_ratio" not in table:
+        return [first, second]
+    most = peers.loc[peers.groupby("model").ratio.transform("min") == peers.ratio].peak_ratio.max()
+    return [first, second, f"The process needs at most {passes.peak_ratio.max():.2f} times the memory of a plain one; "
+            f"with the fastest other way, at most {most:.1f} times."]  # fmt: skip
+
+
+def passes_table(statistic: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for (model, method), table in statistic[statistic.ratio.notna()].groupby(["model", "method"], sort=False):
+        by_cores = table.set_index("cores")
+        top = by_cores.loc[by_cores.index.max()]
+        version = "" if top.package in ("torch", "sgsc") else f" {top.version}"
+        row = {"model": model, "method": f"{method}{version}", "ms, 2 cores": f"{top.milliseconds:.3g}"}
+        for column, name in (("ratio", "time / plain"), ("times_sgsc", "time / SGSC")):
+            for cores in (2, 1):
+                shown = interval(by_cores.loc[cores], column) if cores in by_cores.index else "–"
+                row[f"{name}, {cores} core{'s' if cores > 1 else ''}"] = shown
+        row["rounds"] = " and ".join(str(int(n)) for n in by_cores.rounds)
+        of_rounding = f", {top.of_rounding:.0f} of rounding" if top.of_rounding else ""
+        row["entries that differ"] = f"{top.differing:.0f}{of_rounding}"
+        if "peak_ratio" in top:
+            row |= {"peak memory / plain": f"{top.peak_ratio:.2f}", "of the pass alone": f"{top.pass_ratio:.1f}"}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def not_timed(statistic: pd.DataFrame) -> str:
+    """The peers that a model is not timed with, and why, as a list."""
+    if "why" not in statistic:
+        return ""
+    rows = statistic[statistic.why.notna()]
+    return (
+        "Not timed:\n\n" + "".join(f"- {row.method} on {row.model}: `{row.why}`\n" for row in rows.itertuples()) + "\n"
+    )
+
+
+def where(profile: pd.DataFrame, table: pd.DataFrame) -> str:
+    """Where the time goes: a table of the profile, and a line for every aim that was not reached."""
+    parts = ["own", "products", "elementwise", "rest"]
+    names = ["the model's own", "products for c", "elementwise signs, sums, copies", "Python and the rest"]
+    models = profile[profile.own.notna()]
+    shown = models[["model", "cores"]].copy()
+    for part, name in zip(parts, names, strict=True):
+        shown[name] = (models[part] / models.own).map("{:.2f}".format)
+    shown["together"] = (models.milliseconds / models.own).map("{:.2f}".format)
+    text = f"In units of a plain pass:\n\n{markdown(shown)}\n"
+    lines = []
+    for model in dict.fromkeys(table.model[(table.reached != "yes") & ~table.aim.str.contains("memory")]):
+        missed = table.reached[(table.model == model) & ~table.aim.str.contains("memory")]
+        row = models[(models.model == model) & (models.cores == (1 if set(missed) <= {"yes", "not on 1"} else 2))]
+        if row.empty:
+            row = profile[profile.own.isna()].iloc[0]
+            shares = [f"{100 * row[part] / row.milliseconds:.0f} % {what}" for part, what in
+                      zip(parts[1:], ("products", "elementwise operations", names[3]), strict=True)]  # fmt: skip
+            lines.append(f"- a training run: of the stacked one, on 1 core, {', '.join(shares)}.\n")
+            continue
+        row = row.iloc[0]
+        extra = (row.milliseconds - row.own) / row.own
+        shares = [f"{row[part] / row.own:.2f} {name}" for part, name in zip(parts[1:], names[1:], strict=True)]
+        lines.append(f"- {model}: {extra:.2f} × beyond a plain pass on {row.cores} cores: {', '.join(shares)}.\n")
+    return text + ("Where an aim of time was not reached:\n\n" + "".join(lines) + "\n" if lines else "")
+
+
+def page(statistic: pd.DataFrame, training: pd.DataFrame, profile: pd.DataFrame) -> str:
     runs = pd.DataFrame(
         {
             "cores": training.cores,
@@ -123,29 +189,19 @@ def page(statistic: pd.DataFrame, training: pd.DataFrame) -> str:
             "training loss": training.train_loss.map("{:.4f}".format),
         }
     )
-    epochs = int(training.epochs_timed.iloc[0])
+    epochs, table = int(training.epochs_timed.iloc[0]), aims(statistic, training)
     return (
-        "## Aims\n\nEach aim is a ratio within one run of the benchmark, set before anything was measured. Beside the "
-        "median of the rounds stands its 95 % interval; with fewer than 6 rounds, the smallest and the largest value."
-        f"\n\n{markdown(aims(statistic, training))}\n"
-        "## A pass\n\nOne forward and backward pass with the sign consistency of every parameter, on "
-        f"{statistic.threads.iloc[0]} threads ({statistic.machine.iloc[0]}).\n\n{markdown(passes)}\n"
+        f"{' '.join(expected(statistic))}\n\n{BARS}"
+        "## Aims\n\nEach aim is a ratio within one run of the benchmark. Beside the median of the rounds stands its "
+        "95 % interval; with fewer than 6 rounds, the smallest and the largest value. Memory is measured on 2 cores."
+        f"\n\n{markdown(table)}\n"
+        f"## Where the time goes\n\n{where(profile, table)}"
+        f"## How the cost grows\n\n{LINES}"
+        "## A pass\n\nOne forward and backward pass with the sign consistency of every parameter "
+        f"({statistic.machine.iloc[0]}).\n\n{markdown(passes_table(statistic))}\n{not_timed(statistic)}"
         f"## A training run\n\nA run of 50 epochs on MNIST-1D, scaled from {epochs} timed "
         f"epoch{'s' if epochs > 1 else ''} (JAX {training.jax.iloc[0]}, compilation not counted).\n\n{markdown(runs)}"
     )
-
-
-def costs(statistic: pd.DataFrame) -> str:
-    """The README's table: a pass with SGSC over a plain one, and over the fastest other way to the same numbers."""
-    rows = []
-    for model, table in statistic.groupby("model", sort=False):
-        table = table.set_index("method")
-        others = table.drop(index=[FLOOR, OURS, SCALED, *PARTS], errors="ignore")
-        best = others.loc[others.times_sgsc.idxmin()]
-        others = f"{best.name}: {best.times_sgsc:.1f} × SGSC's time"
-        row = {"model": model, "a pass with SGSC": f"{table.ratio[SCALED]:.1f} × a plain one"}
-        rows.append(row | {"the fastest other way": others})
-    return markdown(pd.DataFrame(rows))
 
 
 def put(name: str, text: str, path: Path, script: str = "summary.py") -> None:
@@ -159,60 +215,26 @@ def put(name: str, text: str, path: Path, script: str = "summary.py") -> None:
     write_text(f"{before}{begin}{text}{end}{after}", path)
 
 
-def plot(statistic: pd.DataFrame, training: pd.DataFrame) -> str:
-    """The plot as SVG text: a panel a model, and one for training runs."""
-    style = ROOT / "report" / "sgsc.mplstyle"
-    if style.exists():
-        plt.style.use(style)
-    fig = plt.figure(figsize=(7.6, 5.6), layout="constrained")
-    upper, lower = fig.subfigures(2, 1, height_ratios=(3, 2))
-    models = list(dict.fromkeys(statistic.model))
-    panels, shared = [], upper.subplots(1, len(models), sharey=True, squeeze=False)[0]
-    for ax, model in zip(shared, models, strict=True):
-        table = statistic[statistic.model == model]
-        panels.append((ax, f"{model}\nB = {table.batch_size.iloc[0]}", "a pass, time / plain", table))
-    most = training[training.cores == training.cores.max()]
-    title = f"A training run on {most.cores.iloc[0]} cores"
-    panels.append((lower.subplots(), title, "a run, time / stacked", most))
-    for ax, title, label, table in panels:
-        table = table.iloc[::-1]
-        errors = [table.ratio - table.ratio_low, table.ratio_high - table.ratio]
-        colours = ["C0" if own else "C1" for own in table.method.str.contains("SGSC|stacked")]
-        colours = ["0.6" if method in PARTS else own for method, own in zip(table.method, colours, strict=True)]
-        ax.barh(table.method, table.ratio - 0.7, left=0.7, color=colours, xerr=errors, ecolor="0.3", height=0.65)
-        for y, (value, high) in enumerate(zip(table.ratio, table.ratio_high, strict=True)):
-            ax.annotate(
-                "not timed" if pd.isna(value) else f" {value:.3g}",
-                (high if high == high else 0.7, y),
-                va="center",
-                fontsize=8,
-            )
-        ax.set(xscale="log", xlabel=label, title=title, xlim=(0.7, table.ratio_high.max() * 6))
-        ax.tick_params(axis="y", labelsize=8)
-        ax.grid(visible=False, axis="y")
-    buffer = io.StringIO()
-    # White behind it, as a dark page shows it too.
-    fig.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="white", transparent=False)
-    return buffer.getvalue()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="from and to results/quick, and not to docs/benchmark.md")
     quick = parser.parse_args().quick
     folder = RESULTS / "quick" if quick else RESULTS
-    tables = []
-    for name, script in (("statistic.csv", "bench_statistic.py"), ("training.csv", "bench_training.py")):
-        if not (folder / name).exists():
-            parser.error(f"{folder / name} is not there yet. Run {script}{' --quick' if quick else ''} first.")
-        tables.append(pd.read_csv(folder / name))
-    text = page(*tables)
-    write_text(plot(*tables), folder / "benchmark.svg")
+    tables = {}
+    for name in ("statistic", "training", "profile", "scaling"):
+        if not (folder / f"{name}.csv").exists():
+            told = f"bench_{name}.py{' --quick' if quick else ''}"
+            parser.error(f"{folder / name}.csv is not there yet. Run {told} first.")
+        tables[name] = pd.read_csv(folder / f"{name}.csv")
+    scaling = tables.pop("scaling")
+    text = page(**tables)
+    write_text(bars(tables["statistic"], tables["training"]), folder / "benchmark.svg")
+    write_text(lines(scaling), folder / "scaling.svg")
     if quick:
         write_text(text, folder / "benchmark.md")
         return
-    put("benchmark", f"{PICTURE}{text}", PAGE)
-    put("cost", costs(tables[0]), ROOT / "README.md")
+    put("benchmark", text, PAGE)
+    put("cost", f"{expected(tables['statistic'])[0]}\n", ROOT / "README.md")
 
 
 if __name__ == "__main__":

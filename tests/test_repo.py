@@ -217,5 +217,6 @@ def test_the_benchmarks_pages_are_those_of_the_committed_tables(tmp_path):
         shutil.copy(ROOT / path, tmp_path / path)
     for command in (["summary.py"], ["architectures.py", "--page"]):
         subprocess.run([sys.executable, *command], cwd=tmp_path / "benchmarks", check=True)
-    for path in ("docs/architectures.md", "docs/benchmark.md", "README.md", "benchmarks/results/benchmark.svg"):
+    figures = [f"benchmarks/results/{name}.svg" for name in ("benchmark", "scaling")]
+    for path in ("docs/architectures.md", "docs/benchmark.md", "README.md", *figures):
         assert (tmp_path / path).read_bytes() == (ROOT / path).read_bytes(), f"{path}: see benchmarks/README.md"
