@@ -6,7 +6,7 @@ the uses, and its sign is taken after that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from sgsc_core.again import recomputed
 from sgsc_core.calls import Call, in_front
 from sgsc_core.checks import refuse_answer, refuse_overwritten
+from sgsc_core.definition import factored_sums, statistic_dtype
 from sgsc_core.rules import (
     CHUNK_ENTRIES,
     RULES,
+    Outer,
     PerSample,
     bilinear_rule,
     built,
@@ -26,7 +28,7 @@ from sgsc_core.rules import (
     embedding_rule,
     layer_norm_rule,
     linear_rule,
-    parts,
+    samples_at_once,
     sums_of,
     transposed_convolution_rule,
     transposed_linear_rule,
@@ -58,10 +60,10 @@ class Summing:
     total: bool
     active: bool
 
-    def __call__(self, gradients: PerSample) -> Sums:
+    def __call__(self, gradients: PerSample, sign: Callable[[Tensor], Tensor] = torch.sign) -> Sums:
         total = sums_of(gradients, lambda t: t) if self.total else None
         active = sums_of(gradients, lambda t: t.ne(0).to(t.dtype)).sum(dtype=torch.float64) if self.active else None
-        return Sums(sums_of(gradients), total, active)
+        return Sums(sums_of(gradients, sign), total, active)
 
     # -- by rules ------------------------------------------------------------------------------------------------------
 
@@ -70,10 +72,18 @@ class Summing:
         rule, total = call.rule, {}
         operands = self._operands(call)
         for part in _cut(rule, call, operands):
-            for key, gradients in _answer(rule, call, operands, part).items():
-                if call.module._parameters.get(key) is not None:
-                    total[key] = self(gradients) + total.get(key)
+            for key, sums in self._of_answer(call, _answer(rule, call, operands, part)).items():
+                total[key] = sums + total.get(key)
         return total
+
+    def _of_answer(self, call: Call, found: Mapping[str, PerSample]) -> dict[str, Sums]:
+        """Of all that a rule gives, by key."""
+        weight, bias = found.get("weight"), found.get("bias")
+        if len(found) == 2 and isinstance(weight, Outer) and bias is weight.errors and not (self.total or self.active):
+            both = factored_sums(weight.inputs, weight.errors, _sign)  # the errors' signs are taken once
+            return {key: Sums(sign, None, None) for key, sign in zip(("weight", "bias"), both, strict=True)}
+        own = {key: gradients for key, gradients in found.items() if call.module._parameters.get(key) is not None}
+        return {key: self(g, Tensor.sign_ if _is_made(g, call) else torch.sign) for key, g in own.items()}
 
     def of_uses(self, uses: Sequence[tuple[Call, str]]) -> Sums | None:
         """Of one parameter, from the calls that used it and its key there."""
@@ -134,21 +144,34 @@ class Summing:
         return total
 
 
+def _sign(tensor: Tensor) -> Tensor:
+    return tensor.sign().to(statistic_dtype(tensor))
+
+
+def _is_made(gradients: PerSample, call: Call) -> bool:
+    """Whether one of the rules here made a tensor of its own, which nobody else reads: it may become its signs."""
+    if not isinstance(gradients, Tensor) or call.rule not in RULES.values():
+        return False
+    return gradients.untyped_storage().data_ptr() != call.errors[0].untyped_storage().data_ptr()
+
+
 def _cut(rule: Any, call: Call, operands: tuple[Any, Tensor, int]) -> list[slice]:
     """Parts of the batch, in samples."""
     inputs, errors, fold = operands
-    size = max(1, next(parts(rule, call.module, inputs, errors)).stop // fold)
+    size = max(1, samples_at_once(rule, call.module, inputs, errors) // fold)
     return [slice(start, start + size) for start in range(0, call.rows, size)]
 
 
 def _answer(rule: Any, call: Call, operands: tuple[Any, Tensor, int], part: slice) -> Mapping[str, PerSample]:
     """A rule's per-sample gradients of a part of the batch."""
     inputs, errors, fold = operands
-    rows = slice(part.start * fold, part.stop * fold)
-    inputs = tuple(t[rows] for t in inputs) if isinstance(inputs, tuple) else inputs[rows]
-    found = rule(call.module, inputs, errors[rows])
+    if part.stop - part.start < call.rows:
+        rows = slice(part.start * fold, part.stop * fold)
+        inputs = tuple(t[rows] for t in inputs) if isinstance(inputs, tuple) else inputs[rows]
+        errors = errors[rows]
+    found = rule(call.module, inputs, errors)
     if rule not in RULES.values():
-        refuse_answer(call.path, call.module, found, len(errors[rows]))
+        refuse_answer(call.path, call.module, found, len(errors))
     return found if fold == 1 else {key: built(g).unflatten(0, (-1, fold)).sum(1) for key, g in found.items()}
 
 
