@@ -53,6 +53,8 @@ __all__ = [
     "sign_consistency",
 ]
 
+AT_ONCE = 2**18  # gates held while gradients are scaled
+
 if TYPE_CHECKING:
     import pandas as pd  # summary() alone needs it
 
@@ -169,17 +171,16 @@ in training mode it couples the samples. Call its eval(), or use GroupNorm.
 
     # -- the gate and its two placements -------------------------------------------------------------------------------
 
-    def _gates(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each parameter with its gate, one at a time, so that scaling gradients holds one gate and not all."""
+    def _use(self) -> tuple[_Statistic, float]:
+        """The statistic and γ, for one gate."""
         gamma = _check_gamma(self.gamma)  # it may be set between steps
         if self._recorder.gated and self._group is None:
             raise RuntimeError("This statistic was used already: call loss.backward() again before the next gate.")
         if self._recorder.gated:  # this process had no batch since then, others may have: it takes part without samples
             self._recorder.start_statistic()
-        parameters, sums, samples = self._statistic()
+        statistic = self._statistic()
         self._recorder.gated = True
-        for name, p in parameters.items():
-            yield p, power_gate(sums[name].to(statistic_dtype(p)), max(1, samples[name]), gamma)
+        return statistic, gamma
 
     @torch.no_grad()
     def scale_gradients_(self) -> None:
@@ -193,9 +194,13 @@ in training mode it couples the samples. Call its eval(), or use GroupNorm.
         >>> (model[0].bias.grad / before)[:5]
         tensor([0.5000, 0.5000, 0.5000, 0.5000, 1.0000])
         """
-        for p, gate in self._gates():
-            if p.grad is not None:
-                p.grad.mul_(gate)
+        statistic, gamma = self._use()
+        for n, grads, sums in _pieces(statistic):  # so that few gates are held at once, by few calls
+            if len(sums) == 1:
+                grads[0].mul_(power_gate(sums[0], n, gamma))
+            else:
+                gates = power_gate(torch.cat(sums), n, gamma)
+                torch._foreach_mul_(grads, gates.split([t.numel() for t in sums]))
 
     def scaled_update(self) -> AbstractContextManager[None]:
         """Gate the finished update instead: p ← p_before + c ** γ · (p_after − p_before) around `optimizer.step()`.
@@ -218,7 +223,11 @@ in training mode it couples the samples. Call its eval(), or use GroupNorm.
     @contextmanager
     def _scaled_update(self) -> Iterator[None]:
         self._awaits_with = False
-        gated = [(p, gate.to(p.dtype), p.detach().clone()) for p, gate in self._gates()]
+        (parameters, sums, samples), gamma = self._use()
+        gated = []
+        for name, p in parameters.items():
+            gate = power_gate(sums[name].to(statistic_dtype(p)), max(1, samples[name]), gamma)
+            gated.append((p, gate.to(p.dtype), p.detach().clone()))
         start = {p: before for p, _, before in gated}
         with register_optimizer_step_pre_hook(lambda optimizer, *_: _decay(optimizer, start)):
             yield
@@ -307,6 +316,33 @@ def _decay(optimizer: torch.optim.Optimizer, start: dict[nn.Parameter, Tensor]) 
             for p in group["params"]:
                 if p in start and p.grad is not None:
                     start[p].mul_(1 - group["lr"] * group["weight_decay"])
+
+
+def _pieces(statistic: _Statistic) -> Iterator[tuple[int, list[Tensor], list[Tensor]]]:
+    """The number of samples, gradients and their sign sums, as vectors: small ones together, large ones cut.
+
+    A gradient that lies otherwise in memory than its sums comes whole, by itself.
+    """
+    grads, sums, held, kind = [], [], 0, (0,)  # type: list[Tensor], list[Tensor], int, tuple
+    for name, p in statistic.parameters.items():
+        if (grad := p.grad) is None:
+            continue
+        own, n = statistic.sums[name].to(statistic_dtype(p)), max(1, statistic.samples[name])
+        if not (grad.is_contiguous() and own.is_contiguous()):
+            yield n, [grad], [own]
+            continue
+        vectors, size = (grad.view(-1), own.view(-1)), grad.numel()
+        cut = [vectors] if size <= AT_ONCE else zip(*(t.split(AT_ONCE) for t in vectors), strict=True)
+        for piece, its_sums in cut:
+            if grads and (kind != (n, own.dtype, own.device) or held + its_sums.numel() > AT_ONCE):
+                yield kind[0], grads, sums
+                grads, sums, held = [], [], 0
+            kind = n, own.dtype, own.device
+            grads.append(piece)
+            sums.append(its_sums)
+            held += its_sums.numel()
+    if grads:
+        yield kind[0], grads, sums
 
 
 class _Statistic(NamedTuple):
