@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
@@ -196,11 +197,8 @@ in training mode it couples the samples. Call its eval(), or use GroupNorm.
         """
         statistic, gamma = self._use()
         for n, grads, sums in _pieces(statistic):  # so that few gates are held at once, by few calls
-            if len(sums) == 1:
-                grads[0].mul_(power_gate(sums[0], n, gamma))
-            else:
-                gates = power_gate(torch.cat(sums), n, gamma)
-                torch._foreach_mul_(grads, gates.split([t.numel() for t in sums]))
+            gates = power_gate(_flatten_dense_tensors(sums), n, gamma)
+            torch._foreach_mul_(grads, _unflatten_dense_tensors(gates, sums))
 
     def scaled_update(self) -> AbstractContextManager[None]:
         """Gate the finished update instead: p ← p_before + c ** γ · (p_after − p_before) around `optimizer.step()`.
@@ -319,28 +317,25 @@ def _decay(optimizer: torch.optim.Optimizer, start: dict[nn.Parameter, Tensor]) 
 
 
 def _pieces(statistic: _Statistic) -> Iterator[tuple[int, list[Tensor], list[Tensor]]]:
-    """The number of samples, gradients and their sign sums, as vectors: small ones together, large ones cut.
-
-    A gradient that lies otherwise in memory than its sums comes whole, by itself.
-    """
-    grads, sums, held, kind = [], [], 0, (0,)  # type: list[Tensor], list[Tensor], int, tuple
+    """The number of samples, and gradients with their sign sums: small ones together, large ones cut."""
+    grads, sums, held, kind = [], [], 0, None  # type: list[Tensor], list[Tensor], int, Any
     for name, p in statistic.parameters.items():
         if (grad := p.grad) is None:
             continue
-        own, n = statistic.sums[name].to(statistic_dtype(p)), max(1, statistic.samples[name])
-        if not (grad.is_contiguous() and own.is_contiguous()):
-            yield n, [grad], [own]
-            continue
-        vectors, size = (grad.view(-1), own.view(-1)), grad.numel()
-        cut = [vectors] if size <= AT_ONCE else zip(*(t.split(AT_ONCE) for t in vectors), strict=True)
-        for piece, its_sums in cut:
-            if grads and (kind != (n, own.dtype, own.device) or held + its_sums.numel() > AT_ONCE):
+        own, dtype = statistic.sums[name], statistic_dtype(p)
+        if own.dtype != dtype:
+            own = own.to(dtype)
+        mine, pieces = (max(1, statistic.samples[name]), dtype, own.device), [(grad, own)]
+        if own.numel() > AT_ONCE and grad.is_contiguous() and own.is_contiguous():
+            pieces = list(zip(*(t.view(-1).split(AT_ONCE) for t in (grad, own)), strict=True))
+        for piece, its_sums in pieces:
+            size = its_sums.numel()
+            if grads and (mine != kind or held + size > AT_ONCE):
                 yield kind[0], grads, sums
                 grads, sums, held = [], [], 0
-            kind = n, own.dtype, own.device
+            kind, held = mine, held + size
             grads.append(piece)
             sums.append(its_sums)
-            held += its_sums.numel()
     if grads:
         yield kind[0], grads, sums
 

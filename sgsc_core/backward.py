@@ -58,7 +58,8 @@ class Backward:
         self.shared: dict[str, Shared] = {}  # what all samples share and has its errors, by the parameter's name
 
     def on_errors(self, call: Call, k: int, errors: Tensor | None, view: tuple | None) -> None:
-        self.on_backward()
+        if torch._C._current_graph_task_id() not in self.open:
+            self.on_backward()
         if errors is None or (call.released and not call.served):  # none arrive; or it was kept for the check alone
             return
         if k in call.errors or call.released:
@@ -88,9 +89,8 @@ class Backward:
 
     def on_gradient(self, name: str, gradient: Tensor) -> None:
         """Before autograd adds to the first parameter's gradient: is there a statistic to add to?"""
-        task = self.on_backward()
-        if task not in self.began:
-            self.began.add(task)
+        if torch._C._current_graph_task_id() not in self.began:
+            self.began.add(self.on_backward())
             cleared = [old for old in self.sums if was_cleared(self.ways.get(old), self.left.get(old))]
             if self.gated or len(cleared) == len(self.sums):
                 self.start_statistic()
@@ -107,19 +107,19 @@ class Backward:
         if (grad := p.grad) is not None:
             self.left[name] = weakref.ref(grad), grad._version
         calls, shared = self.arrived.get(name, []), self.shared.get(name)
-        with exactly(p):
-            if shared and shared.explains(calls):
-                self.add(name, [shared], self.of_shared(name, shared))
-            elif calls and self.ways[name].again is None:
-                self.add(name, calls, self.of_rules(name, calls))
-            else:
-                return  # a module is run again at the end, or nothing is known of it
-            self.arrived.pop(name, None)
+        if shared and shared.explains(calls):
+            self.add(name, [shared], self.of_shared(name, shared))
+        elif calls and self.ways[name].again is None:
+            self.add(name, calls, self.of_rules(name, calls))
+        else:
+            return  # a module is run again at the end, or nothing is known of it
+        self.arrived.pop(name, None)
 
     def of_shared(self, name: str, shared: Shared) -> Sums | None:
         shared.used = True
         if shared.call is None:
-            return self.summing(shared.errors)
+            with exactly(shared.errors):
+                return self.summing(shared.errors)
         return self.of_rules(name, [shared.spread()])
 
     def of_rules(self, name: str, calls: list[Call]) -> Sums | None:
@@ -134,10 +134,11 @@ class Backward:
                 refuse_place(lost[0].path, lost[0].module, lost[0].shapes[0], lost[0].rows)
             self.misplaced.append(f"no axis of {named(lost[0].path, lost[0].module)} holds the samples")
             return None  # so that the check looks for another way
-        if len(uses) > 1:
-            return self.summing.of_uses(uses)
-        call.found = self.summing.of_layer(call)
-        return call.found.pop(key)
+        with exactly(self.ways[name].parameter):
+            if len(uses) > 1:
+                return self.summing.of_uses(uses)
+            call.found = self.summing.of_layer(call)
+            return call.found.pop(key)
 
     def of_module(self, path: str, calls: list[Call], names: list[str]) -> dict[str, Sums]:
         inside = {p: key for key, p in self.model.get_submodule(path).named_parameters()}

@@ -69,9 +69,13 @@ def behind(output: Tensor, call: Call) -> Tensor:
     return output if base.untyped_storage().data_ptr() in inputs else base
 
 
+def _device(tensor: Tensor) -> str:
+    return "cpu" if tensor.is_cpu else tensor.device.type  # the first is told at once
+
+
 def exactly(tensor: Tensor) -> AbstractContextManager:
     """Without autocast, which would multiply signs in bfloat16: that counts exactly only to 256."""
-    kind = tensor.device.type
+    kind = _device(tensor)
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
 
 
@@ -142,22 +146,24 @@ class Call:
         self.names: set[str] = set()  # parameters whose sums still need the call
         self.rule: Any = None
         self.found: dict[str, Any] | None = None  # what the rule made of it
+        self.known: dict[str, Any] = {}  # what is so of all calls like it, and shared by them
         leaves, self.spec = flattened(args, kwargs)
-        self.leaves: list[Any] = [t.detach() if isinstance(t, Tensor) else t for t in leaves]
-        self.versions = [t._version if isinstance(t, Tensor) else 0 for t in leaves]
+        self.versions = [t._version if isinstance(t, Tensor) else None for t in leaves]
+        self.leaves = [t if v is None else t.detach() for t, v in zip(leaves, self.versions, strict=True)]
         outputs = tensors_in(output)
         self.errors: dict[int, Tensor] = {}  # at the outputs that have some
         self.axes, self.output_axes = [], []  # type: list[Axis | None], list[Axis | None]
         self.shapes = [t.shape for t in outputs]
         # the state before the call, and what came out, where it drew random numbers
         self.random = before if before is not None and before != RandomState(module) else None
-        self.outputs = [t.detach() for t in outputs] if self.random is not None else []
-        self.output_versions = [t._version for t in self.outputs]
-        device = outputs[0].device.type if outputs else "cpu"
+        self.outputs, self.output_versions = [], []  # type: list[Tensor], list[int]
+        if self.random is not None:
+            self.outputs, self.output_versions = [t.detach() for t in outputs], [t._version for t in outputs]
+        self.served = self.arrived = self.released = False
+        device = _device(outputs[0]) if outputs else "cpu"
         self.autocast: dict[str, Any] = {"device_type": device, "enabled": torch.is_autocast_enabled(device)}
         if self.autocast["enabled"]:
             self.autocast |= {"dtype": torch.get_autocast_dtype(device), "cache_enabled": False}
-        self.served = self.arrived = self.released = False
 
     def release(self) -> None:
         """Let go of tensors, so that a loss that is kept does not keep every layer's input with it."""
@@ -181,10 +187,10 @@ class Call:
 
     def overwritten(self) -> bool:
         """Whether an input was changed in place after it was used."""
-        return any(t._version != v for t, v in zip(self.leaves, self.versions, strict=True) if isinstance(t, Tensor))
+        return any(v is not None and t._version != v for t, v in zip(self.leaves, self.versions, strict=True))
 
     def tensors(self) -> list[int]:
-        return [k for k, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+        return [k for k, version in enumerate(self.versions) if version is not None]
 
 
 def _guess(shape: Sequence[int], rows: int) -> Axis | None:

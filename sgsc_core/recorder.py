@@ -71,6 +71,7 @@ class Recorder(Backward):
             before_sum, after_sum = partial(self.on_gradient, name), partial(self.on_accumulated, name)
             self.hooks.append(way.parameter.register_hook(before_sum))
             self.hooks.append(way.parameter.register_post_accumulate_grad_hook(after_sum))
+        self.places.clear()
         self.plan()
 
     def remove(self) -> None:
@@ -158,13 +159,13 @@ class Recorder(Backward):
     def place(self, call: Call, number: int) -> None:
         """Find a call's samples: as in the last pass, if that had as many of the same shapes."""
         key, kind = (call.path, number), call.kind()
-        known, axes, output_axes = self.places.get(key, (None, [], []))
-        if known == kind:
-            call.axes, call.output_axes = axes, output_axes
+        last, *found = self.places.get(key, (None,))
+        if last == kind:
+            call.axes, call.output_axes, call.known = found
             return
         looked = self.look.axes.get(call.path) if call.rows > 1 else None  # of one sample is all that there is
         call.place(looked[min(number, len(looked) - 1)] if looked else None)
-        self.places[key] = kind, call.axes, call.output_axes
+        self.places[key] = kind, call.axes, call.output_axes, call.known
 
     def pass_of(self, path: str, args: tuple, kwargs: dict) -> Pass:
         """The pass that a call belongs to: the model's; where layers are called directly, that of other layers."""

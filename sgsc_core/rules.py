@@ -96,6 +96,10 @@ def _vectors(inputs: Tensor) -> bool:
     return inputs.ndim == 2 or math.prod(inputs.shape[1:]) == inputs.shape[-1]  # one outer product a sample
 
 
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor if tensor.ndim == 2 else tensor.reshape(len(tensor), -1)
+
+
 def _steps(tensor: Tensor, last: int = 1) -> Tensor:
     """[b, ..., *shape] -> [b, T, *shape], where `shape` has `last` axes."""
     return tensor.reshape(len(tensor), -1, *tensor.shape[tensor.ndim - last :])
@@ -114,8 +118,8 @@ def linear_rule(module: nn.Linear, inputs: Tensor, errors: Tensor) -> Mapping[st
     tensor([[ 2., -1.]])
     """
     if _vectors(inputs):
-        a, delta = (t if t.ndim == 2 else t.reshape(len(t), -1) for t in (inputs, errors))
-        return {"weight": Outer(delta, a.to(delta.dtype)), "bias": delta}
+        a, delta = _flat(inputs), _flat(errors)
+        return {"weight": Outer(delta, a if a.dtype == delta.dtype else a.to(delta.dtype)), "bias": delta}
     a, delta = _steps(inputs), _steps(errors)  # [b, T, in], [b, T, out]
     return {"weight": delta.mT @ a.to(delta.dtype), "bias": delta.sum(1)}
 

@@ -69,19 +69,18 @@ class Summing:
 
     def of_layer(self, call: Call) -> dict[str, Sums]:
         """Of all parameters of a layer that was called once, by key."""
-        rule, total = call.rule, {}
-        operands = self._operands(call)
-        for part in _cut(rule, call, operands):
-            for key, sums in self._of_answer(call, _answer(rule, call, operands, part)).items():
-                total[key] = sums + total.get(key)
+        total, operands = {}, self._operands(call)  # type: dict[str, Sums], Any
+        for part in _cut(call.rule, call, operands):
+            found = self._of_answer(call, _answer(call.rule, call, operands, part))
+            total = {key: sums + total[key] for key, sums in found.items()} if total else found
         return total
 
     def _of_answer(self, call: Call, found: Mapping[str, PerSample]) -> dict[str, Sums]:
         """Of all that a rule gives, by key."""
         weight, bias = found.get("weight"), found.get("bias")
         if len(found) == 2 and isinstance(weight, Outer) and bias is weight.errors and not (self.total or self.active):
-            both = factored_sums(weight.inputs, weight.errors, _sign)  # the errors' signs are taken once
-            return {key: Sums(sign, None, None) for key, sign in zip(("weight", "bias"), both, strict=True)}
+            sign, bias_sign = factored_sums(weight.inputs, weight.errors, _sign)  # the errors' signs are taken once
+            return {"weight": Sums(sign, None, None), "bias": Sums(bias_sign, None, None)}
         own = {key: gradients for key, gradients in found.items() if call.module._parameters.get(key) is not None}
         return {key: self(g, Tensor.sign_ if _is_made(g, call) else torch.sign) for key, g in own.items()}
 
@@ -99,11 +98,17 @@ class Summing:
         return total
 
     def is_placed(self, call: Call) -> bool:
-        """Whether a rule can tell a call's samples apart: at input and output they lie along one axis, in front."""
-        tensors, rule = call.tensors(), call.rule
+        """Whether a rule can tell a call's samples apart; an input that was overwritten is refused."""
         if call.overwritten():
             refuse_overwritten(call.path, call.module)
-        axes = [call.axes[k] for k in tensors]
+        if "placed" not in call.known:
+            call.known["placed"] = self._fits(call)
+        return call.known["placed"]
+
+    def _fits(self, call: Call) -> bool:
+        """Whether, at input and output, the samples lie along one axis, in front."""
+        rule = call.rule
+        axes = [call.axes[k] for k in call.tensors()]
         if len(call.shapes) != 1 or not axes or None in axes or call.output_axes != axes[:1]:
             return False
         if len(axes) > 1 and rule in RULES.values() and rule is not bilinear_rule:
@@ -145,7 +150,8 @@ class Summing:
 
 
 def _sign(tensor: Tensor) -> Tensor:
-    return tensor.sign().to(statistic_dtype(tensor))
+    signs, dtype = tensor.sign(), statistic_dtype(tensor)
+    return signs if signs.dtype == dtype else signs.to(dtype)
 
 
 def _is_made(gradients: PerSample, call: Call) -> bool:
@@ -157,8 +163,10 @@ def _is_made(gradients: PerSample, call: Call) -> bool:
 
 def _cut(rule: Any, call: Call, operands: tuple[Any, Tensor, int]) -> list[slice]:
     """Parts of the batch, in samples."""
-    inputs, errors, fold = operands
-    size = max(1, samples_at_once(rule, call.module, inputs, errors) // fold)
+    if "at_once" not in call.known:
+        inputs, errors, fold = operands
+        call.known["at_once"] = max(1, samples_at_once(rule, call.module, inputs, errors) // fold)
+    size = call.known["at_once"]
     return [slice(start, start + size) for start in range(0, call.rows, size)]
 
 
