@@ -126,6 +126,8 @@ in training mode it couples the samples. Call its eval(), or use GroupNorm.
     # -- the statistic: which samples it covers, and the sums over all processes ---------------------------------------
 
     def _on_pass(self) -> None:
+        if self._group is None:
+            self._reduced = None  # the recorder has the sums; they go when the next statistic starts
         if problems := distributed_problems(self._group):  # the processes may have come after SGSC
             raise ValueError(problems[0])
         if self._awaits_with:
@@ -138,6 +140,7 @@ in training mode it couples the samples. Call its eval(), or use GroupNorm.
     def _statistic(self) -> _Statistic:
         recorder = self._recorder
         if self._reduced is None or recorder.changed:
+            self._reduced = None  # its sums go before others are made
             parameters = {name: way.parameter for name, way in recorder.ways.items() if way.parameter.requires_grad}
             sums = {name: recorder.sums[name].sign if name in recorder.sums
                     else torch.zeros_like(p, dtype=statistic_dtype(p)) for name, p in parameters.items()}  # fmt: skip
@@ -168,7 +171,8 @@ in training mode it couples the samples. Call its eval(), or use GroupNorm.
         tensor([0.5000, 0.5000, 0.5000, 0.5000, 1.0000])
         """
         parameters, sums, samples = self._statistic()
-        return {name: s.to(statistic_dtype(parameters[name])).abs() / max(1, samples[name]) for name, s in sums.items()}
+        signs = {name: s.to(statistic_dtype(parameters[name])) for name, s in sums.items()}
+        return {name: s.abs().div_(max(1, samples[name])) for name, s in signs.items()}
 
     # -- the gate and its two placements -------------------------------------------------------------------------------
 

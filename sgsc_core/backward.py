@@ -168,6 +168,8 @@ class Backward:
             with torch.no_grad(), exactly(self.ways[next(iter(self.fresh))].parameter):
                 self.run_again()
                 confirm(self)
+            for found in self.made.values():
+                found.total = None  # it is as large as the gradient
         self.open.discard(task)
         if not self.open:
             for call in itertools.chain(*self.tried.values()):

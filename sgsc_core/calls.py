@@ -175,9 +175,10 @@ class Call:
 
     def place(self, looked: tuple[Sequence[Axis | None], Sequence[Axis | None]] | None) -> None:
         """Take the axes that a look at other samples found, where they fit what is here; else guess."""
-        rows, *shapes = self.kind()
-        self.axes, self.output_axes = ([_guess(size, rows) for size in sizes] for sizes in shapes)
-        for own, sizes, found in zip((self.axes, self.output_axes), shapes, looked or (), strict=False):
+        rows, inputs, outputs = self.kind()
+        self.axes, self.output_axes = [_guess(s, rows) for s in inputs], [_guess(s, rows) for s in outputs]
+        ends = (self.axes, inputs), (self.output_axes, outputs)  # type: Any
+        for (own, sizes), found in zip(ends, looked or (), strict=False):
             if len(found) != len(sizes) or not rows:
                 continue
             for k, (size, axis) in enumerate(zip(sizes, found, strict=True)):

@@ -7,6 +7,7 @@ autograd has added to its gradient, and only then do the samples count.
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -67,8 +68,9 @@ class Recorder(Backward):
                 self.hooks.append(module.register_forward_hook(after, prepend=True, with_kwargs=True))
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 self.hooks.append(module.register_forward_pre_hook(Hook(refuse_coupled, module, path)))
+        weakly = weakref.ref(self)  # Python's garbage collector does not see the cycles through a tensor's hooks
         for name, way in self.ways.items():
-            before_sum, after_sum = partial(self.on_gradient, name), partial(self.on_accumulated, name)
+            before_sum, after_sum = partial(on_gradient, weakly, name), partial(on_accumulated, weakly, name)
             self.hooks.append(way.parameter.register_hook(before_sum))
             self.hooks.append(way.parameter.register_post_accumulate_grad_hook(after_sum))
         self.places.clear()
@@ -180,6 +182,16 @@ class Recorder(Backward):
                     warn_of_direct_calls()
             return self.start_pass(rows_of(args, kwargs) or 0)
         return self.current
+
+
+def on_gradient(recorder: Callable[[], Recorder | None], name: str, gradient: Tensor) -> None:
+    if (alive := recorder()) is not None:
+        alive.on_gradient(name, gradient)
+
+
+def on_accumulated(recorder: Callable[[], Recorder | None], name: str, p: nn.Parameter) -> None:
+    if (alive := recorder()) is not None:
+        alive.on_accumulated(name, p)
 
 
 def parts_of(modules: Iterable[nn.Module]) -> list[Any]:

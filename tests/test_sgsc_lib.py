@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import warnings
+import weakref
 from contextlib import nullcontext
 from functools import partial
 
@@ -571,6 +572,18 @@ def test_a_kept_loss_keeps_no_activations():
     loss.backward()
     gc.collect()
     assert not [t for t in gc.get_objects() if type(t) is Tensor and t.shape == (13, 37)]
+
+
+def test_a_model_that_nobody_holds_goes_with_its_hooks_and_its_statistic():
+    model, x, y = toy()
+    sgsc = SGSC(model, gamma=1.0)
+    loss_of(model, x, y).backward()
+    sgsc.scale_gradients_()
+    held = [weakref.ref(t) for p in model.parameters() for t in (p, p.grad, sgsc.consistency()["0.weight"])]
+    held += [weakref.ref(sums) for sums in sgsc._statistic().sums.values()]
+    del model, sgsc
+    gc.collect()
+    assert not [t for t in held if t() is not None]
 
 
 def test_two_samples_do_not_need_memory_for_the_vocabulary():
