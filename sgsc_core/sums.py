@@ -38,6 +38,9 @@ from sgsc_core.rules import (
 POSITIONWISE = (linear_rule, transposed_linear_rule, layer_norm_rule, embedding_rule)
 
 
+BYTES = torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()  # it multiplies int8 fast
+
+
 @dataclass
 class Sums:
     """Of a parameter, over samples: Σ sign g_i; Σ g_i while it is checked; the number of g_i ≠ 0 where it counts."""
@@ -79,7 +82,7 @@ class Summing:
         """Of all that a rule gives, by key."""
         weight, bias = found.get("weight"), found.get("bias")
         if len(found) == 2 and isinstance(weight, Outer) and bias is weight.errors and not (self.total or self.active):
-            sign, bias_sign = factored_sums(weight.inputs, weight.errors, _sign)  # the errors' signs are taken once
+            sign, bias_sign = _signs_of(weight)  # the errors' signs are taken once
             return {"weight": Sums(sign, None, None), "bias": Sums(bias_sign, None, None)}
         own = {key: gradients for key, gradients in found.items() if call.module._parameters.get(key) is not None}
         return {key: self(g, Tensor.sign_ if _is_made(g, call) else torch.sign) for key, g in own.items()}
@@ -147,6 +150,21 @@ class Summing:
             for key, gradients in found.items():
                 total[key] = confirmed(gradients) + total.get(key)
         return total
+
+
+def _signs_of(weight: Outer) -> tuple[Tensor, Tensor]:
+    """Σ_i sign(g_i) for the weight and the bias of a Linear layer on vectors."""
+    a, delta = weight.inputs, weight.errors
+    if a.is_cpu and BYTES and a.numel() * delta.shape[1] >= 2**22:  # else the casts cost more
+        return _in_bytes(a, delta)
+    return factored_sums(a, delta, _sign)
+
+
+def _in_bytes(a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """`factored_sums` of signs as int8, summed in int32: the same integers, by a product that is several times faster
+    where the processor has instructions for it."""
+    dtype, signs = statistic_dtype(delta), delta.sign().to(torch.int8)
+    return torch._int_mm(signs.mT, a.sign().to(torch.int8)).to(dtype), signs.sum(0, dtype=dtype)
 
 
 def _sign(tensor: Tensor) -> Tensor:
