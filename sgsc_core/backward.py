@@ -148,7 +148,7 @@ class Backward:
 
     def add(self, name: str, calls: Sequence[Any], found: Sums | None) -> None:
         this = calls[0].this
-        if any(call.this is not this for call in calls):
+        if len(calls) > 1 and any(call.this is not this for call in calls):
             refuse_second_backward(calls[0].path)
         if not this.counted:
             this.counted = True
