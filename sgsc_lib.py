@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
@@ -52,6 +53,8 @@ __all__ = [
     "power_gate",
     "sign_consistency",
 ]
+
+AT_ONCE = 2**18  # gates held while gradients are scaled
 
 if TYPE_CHECKING:
     import pandas as pd  # summary() alone needs it
@@ -123,6 +126,8 @@ in training mode it couples the samples. Call its eval(), or use GroupNorm.
     # -- the statistic: which samples it covers, and the sums over all processes ---------------------------------------
 
     def _on_pass(self) -> None:
+        if self._group is None:
+            self._reduced = None  # the recorder has the sums; they go when the next statistic starts
         if problems := distributed_problems(self._group):  # the processes may have come after SGSC
             raise ValueError(problems[0])
         if self._awaits_with:
@@ -135,6 +140,7 @@ in training mode it couples the samples. Call its eval(), or use GroupNorm.
     def _statistic(self) -> _Statistic:
         recorder = self._recorder
         if self._reduced is None or recorder.changed:
+            self._reduced = None  # its sums go before others are made
             parameters = {name: way.parameter for name, way in recorder.ways.items() if way.parameter.requires_grad}
             sums = {name: recorder.sums[name].sign if name in recorder.sums
                     else torch.zeros_like(p, dtype=statistic_dtype(p)) for name, p in parameters.items()}  # fmt: skip
@@ -165,21 +171,21 @@ in training mode it couples the samples. Call its eval(), or use GroupNorm.
         tensor([0.5000, 0.5000, 0.5000, 0.5000, 1.0000])
         """
         parameters, sums, samples = self._statistic()
-        return {name: s.to(statistic_dtype(parameters[name])).abs() / max(1, samples[name]) for name, s in sums.items()}
+        signs = {name: s.to(statistic_dtype(parameters[name])) for name, s in sums.items()}
+        return {name: s.abs().div_(max(1, samples[name])) for name, s in signs.items()}
 
     # -- the gate and its two placements -------------------------------------------------------------------------------
 
-    def _gates(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each parameter with its gate, one at a time, so that scaling gradients holds one gate and not all."""
+    def _use(self) -> tuple[_Statistic, float]:
+        """The statistic and γ, for one gate."""
         gamma = _check_gamma(self.gamma)  # it may be set between steps
         if self._recorder.gated and self._group is None:
             raise RuntimeError("This statistic was used already: call loss.backward() again before the next gate.")
         if self._recorder.gated:  # this process had no batch since then, others may have: it takes part without samples
             self._recorder.start_statistic()
-        parameters, sums, samples = self._statistic()
+        statistic = self._statistic()
         self._recorder.gated = True
-        for name, p in parameters.items():
-            yield p, power_gate(sums[name].to(statistic_dtype(p)), max(1, samples[name]), gamma)
+        return statistic, gamma
 
     @torch.no_grad()
     def scale_gradients_(self) -> None:
@@ -193,9 +199,10 @@ in training mode it couples the samples. Call its eval(), or use GroupNorm.
         >>> (model[0].bias.grad / before)[:5]
         tensor([0.5000, 0.5000, 0.5000, 0.5000, 1.0000])
         """
-        for p, gate in self._gates():
-            if p.grad is not None:
-                p.grad.mul_(gate)
+        statistic, gamma = self._use()
+        for n, grads, sums in _pieces(statistic):  # so that few gates are held at once, by few calls
+            gates = power_gate(_flatten_dense_tensors(sums), n, gamma)
+            torch._foreach_mul_(grads, _unflatten_dense_tensors(gates, sums))
 
     def scaled_update(self) -> AbstractContextManager[None]:
         """Gate the finished update instead: p ← p_before + c ** γ · (p_after − p_before) around `optimizer.step()`.
@@ -218,7 +225,11 @@ in training mode it couples the samples. Call its eval(), or use GroupNorm.
     @contextmanager
     def _scaled_update(self) -> Iterator[None]:
         self._awaits_with = False
-        gated = [(p, gate.to(p.dtype), p.detach().clone()) for p, gate in self._gates()]
+        (parameters, sums, samples), gamma = self._use()
+        gated = []
+        for name, p in parameters.items():
+            gate = power_gate(sums[name].to(statistic_dtype(p)), max(1, samples[name]), gamma)
+            gated.append((p, gate.to(p.dtype), p.detach().clone()))
         start = {p: before for p, _, before in gated}
         with register_optimizer_step_pre_hook(lambda optimizer, *_: _decay(optimizer, start)):
             yield
@@ -307,6 +318,30 @@ def _decay(optimizer: torch.optim.Optimizer, start: dict[nn.Parameter, Tensor]) 
             for p in group["params"]:
                 if p in start and p.grad is not None:
                     start[p].mul_(1 - group["lr"] * group["weight_decay"])
+
+
+def _pieces(statistic: _Statistic) -> Iterator[tuple[int, list[Tensor], list[Tensor]]]:
+    """The number of samples, and gradients with their sign sums: small ones together, large ones cut."""
+    grads, sums, held, kind = [], [], 0, None  # type: list[Tensor], list[Tensor], int, Any
+    for name, p in statistic.parameters.items():
+        if (grad := p.grad) is None:
+            continue
+        own, dtype = statistic.sums[name], statistic_dtype(p)
+        if own.dtype != dtype:
+            own = own.to(dtype)
+        mine, pieces = (max(1, statistic.samples[name]), dtype, own.device), [(grad, own)]
+        if own.numel() > AT_ONCE and grad.is_contiguous() and own.is_contiguous():
+            pieces = list(zip(*(t.view(-1).split(AT_ONCE) for t in (grad, own)), strict=True))
+        for piece, its_sums in pieces:
+            size = its_sums.numel()
+            if grads and (mine != kind or held + size > AT_ONCE):
+                yield kind[0], grads, sums
+                grads, sums, held = [], [], 0
+            kind, held = mine, held + size
+            grads.append(piece)
+            sums.append(its_sums)
+    if grads:
+        yield kind[0], grads, sums
 
 
 class _Statistic(NamedTuple):

@@ -48,7 +48,7 @@ class Backward:
         self.random: dict[str, RandomState] = {}  # before the calls under way
         self.arrived: dict[str, list[Call]] = {}  # calls whose errors are there, by parameter
         self.tried: dict[str, list[Call]] = {}  # the same of candidates, by path
-        self.fresh: list[str] = []  # parameters that this backward pass has given a gradient
+        self.fresh: dict[str, None] = {}  # parameters that this backward pass has given a gradient, in order
         self.given: dict[str, Tensor] = {}  # that gradient, of unchecked ones
         self.began: set[int] = set()  # of the open ones, those that have reached a parameter
         self.made: dict[str, Sums] = {}  # what this backward pass has added
@@ -58,7 +58,8 @@ class Backward:
         self.shared: dict[str, Shared] = {}  # what all samples share and has its errors, by the parameter's name
 
     def on_errors(self, call: Call, k: int, errors: Tensor | None, view: tuple | None) -> None:
-        self.on_backward()
+        if torch._C._current_graph_task_id() not in self.open:
+            self.on_backward()
         if errors is None or (call.released and not call.served):  # none arrive; or it was kept for the check alone
             return
         if k in call.errors or call.released:
@@ -81,16 +82,15 @@ class Backward:
         task = torch._C._current_graph_task_id()
         if task not in self.open:
             if not self.open:
-                self.fresh, self.given, self.made, self.began = [], {}, {}, set()
+                self.fresh, self.given, self.made, self.began = {}, {}, {}, set()
             self.open.add(task)
             torch.autograd.Variable._execution_engine.queue_callback(lambda: self.on_backward_end(task))
         return task
 
     def on_gradient(self, name: str, gradient: Tensor) -> None:
         """Before autograd adds to the first parameter's gradient: is there a statistic to add to?"""
-        task = self.on_backward()
-        if task not in self.began:
-            self.began.add(task)
+        if torch._C._current_graph_task_id() not in self.began:
+            self.began.add(self.on_backward())
             cleared = [old for old in self.sums if was_cleared(self.ways.get(old), self.left.get(old))]
             if self.gated or len(cleared) == len(self.sums):
                 self.start_statistic()
@@ -103,40 +103,42 @@ class Backward:
     def on_accumulated(self, name: str, p: nn.Parameter) -> None:
         if name in self.fresh:  # a reentrant checkpoint's: the sum over uses is not known before the sign is taken
             refuse_second_backward(name)
-        self.fresh.append(name)
-        if p.grad is not None:
-            self.left[name] = weakref.ref(p.grad), p.grad._version
+        self.fresh[name] = None
+        if (grad := p.grad) is not None:
+            self.left[name] = weakref.ref(grad), grad._version
         calls, shared = self.arrived.get(name, []), self.shared.get(name)
-        with exactly(p):
-            if shared and shared.explains(calls):
-                self.add(name, [shared], self.of_shared(name, shared))
-            elif self.ways[name].again is None and calls:
-                self.add(name, calls, self.of_rules(name, calls))
-            else:
-                return  # a module is run again at the end, or nothing is known of it
-            self.arrived.pop(name, None)
+        if shared and shared.explains(calls):
+            self.add(name, [shared], self.of_shared(name, shared))
+        elif calls and self.ways[name].again is None:
+            self.add(name, calls, self.of_rules(name, calls))
+        else:
+            return  # a module is run again at the end, or nothing is known of it
+        self.arrived.pop(name, None)
 
     def of_shared(self, name: str, shared: Shared) -> Sums | None:
         shared.used = True
         if shared.call is None:
-            return self.summing(shared.errors)
+            with exactly(shared.errors):
+                return self.summing(shared.errors)
         return self.of_rules(name, [shared.spread()])
 
     def of_rules(self, name: str, calls: list[Call]) -> Sums | None:
         if not calls[0].rows:
             return None  # an empty shard
+        uses = [(call, key) for call in calls for key, own in self.kept.by_rule[call.path] if own == name]
+        call, key = uses[0]
+        if len(uses) == 1 and call.found is not None:  # made with the first of the layer's parameters
+            return call.found.pop(key)
         if lost := [call for call in calls if not self.summing.is_placed(call)]:
             if name not in self.unchecked:
                 refuse_place(lost[0].path, lost[0].module, lost[0].shapes[0], lost[0].rows)
             self.misplaced.append(f"no axis of {named(lost[0].path, lost[0].module)} holds the samples")
             return None  # so that the check looks for another way
-        uses = [(call, key) for call in calls for key, own in self.kept.by_rule[call.path] if own == name]
-        if len(uses) > 1:
-            return self.summing.of_uses(uses)
-        call, key = uses[0]
-        if call.found is None:
+        with exactly(self.ways[name].parameter):
+            if len(uses) > 1:
+                return self.summing.of_uses(uses)
             call.found = self.summing.of_layer(call)
-        return call.found.pop(key)
+            return call.found.pop(key)
 
     def of_module(self, path: str, calls: list[Call], names: list[str]) -> dict[str, Sums]:
         inside = {p: key for key, p in self.model.get_submodule(path).named_parameters()}
@@ -145,9 +147,10 @@ class Backward:
         return {keys[key]: sums for key, sums in found.items()}
 
     def add(self, name: str, calls: Sequence[Any], found: Sums | None) -> None:
-        if len({id(call.this) for call in calls}) > 1:
+        this = calls[0].this
+        if len(calls) > 1 and any(call.this is not this for call in calls):
             refuse_second_backward(calls[0].path)
-        if not (this := calls[0].this).counted:
+        if not this.counted:
             this.counted = True
             self.total += this.rows
         self.changed = True
@@ -161,10 +164,12 @@ class Backward:
                 call.release()
 
     def on_backward_end(self, task: int) -> None:
-        if self.fresh:
-            with torch.no_grad(), exactly(self.ways[self.fresh[0]].parameter):
+        if self.fresh and self.given:  # what is neither run again nor unchecked is done
+            with torch.no_grad(), exactly(self.ways[next(iter(self.fresh))].parameter):
                 self.run_again()
                 confirm(self)
+            for found in self.made.values():
+                found.total = None  # it is as large as the gradient
         self.open.discard(task)
         if not self.open:
             for call in itertools.chain(*self.tried.values()):

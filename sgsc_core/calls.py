@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_flatten
 
 
 class Axis(NamedTuple):
@@ -29,10 +29,20 @@ def in_front(tensor: Tensor, axis: Axis) -> Tensor:
     return tensor.movedim(axis.dim, 0) if axis.dim else tensor
 
 
+_ONE_ARGUMENT = tree_flatten(((0,), {}))[1]
+
+
+def flattened(args: tuple, kwargs: dict) -> tuple[list[Any], Any]:
+    """`tree_flatten((args, kwargs))`, at once for what most modules get: one tensor."""
+    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+        return [args[0]], _ONE_ARGUMENT
+    return tree_flatten((args, kwargs))
+
+
 def rows_of(args: tuple, kwargs: dict) -> int | None:
     """How many samples a call has: the length of its first tensor, but for one of length 1 beside longer ones; None
     where it has no tensor with an axis."""
-    lengths = [len(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim]
+    lengths = [t.shape[0] for t in flattened(args, kwargs)[0] if isinstance(t, Tensor) and t.ndim]
     return next((n for n in lengths if n != 1), 1) if lengths else None
 
 
@@ -59,10 +69,17 @@ def behind(output: Tensor, call: Call) -> Tensor:
     return output if base.untyped_storage().data_ptr() in inputs else base
 
 
+def _device(tensor: Tensor) -> str:
+    return "cpu" if tensor.is_cpu else tensor.device.type  # the first is told at once
+
+
 def exactly(tensor: Tensor) -> AbstractContextManager:
     """Without autocast, which would multiply signs in bfloat16: that counts exactly only to 256."""
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    kind = _device(tensor)
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
+
+
+_NOTHING: AbstractContextManager = nullcontext()
 
 
 @contextmanager
@@ -129,52 +146,59 @@ class Call:
         self.names: set[str] = set()  # parameters whose sums still need the call
         self.rule: Any = None
         self.found: dict[str, Any] | None = None  # what the rule made of it
-        leaves, self.spec = tree_flatten((args, kwargs))
-        self.leaves: list[Any] = [t.detach() if isinstance(t, Tensor) else t for t in leaves]
-        self.versions = [t._version if isinstance(t, Tensor) else 0 for t in leaves]
+        self.known: dict[str, Any] = {}  # what is so of all calls like it, and shared by them
+        leaves, self.spec = flattened(args, kwargs)
+        self.versions = [t._version if isinstance(t, Tensor) else None for t in leaves]
+        self.leaves = [t if v is None else t.detach() for t, v in zip(leaves, self.versions, strict=True)]
         outputs = tensors_in(output)
         self.errors: dict[int, Tensor] = {}  # at the outputs that have some
-        self.axes: list[Axis | None] = [self._guess(t) for t in self.leaves]
-        self.output_axes: list[Axis | None] = [self._guess(t) for t in outputs]
+        self.axes, self.output_axes = [], []  # type: list[Axis | None], list[Axis | None]
         self.shapes = [t.shape for t in outputs]
         # the state before the call, and what came out, where it drew random numbers
         self.random = before if before is not None and before != RandomState(module) else None
-        self.outputs = [t.detach() for t in outputs] if self.random is not None else []
-        self.output_versions = [t._version for t in self.outputs]
-        device = outputs[0].device.type if outputs else "cpu"
+        self.outputs, self.output_versions = [], []  # type: list[Tensor], list[int]
+        if self.random is not None:
+            self.outputs, self.output_versions = [t.detach() for t in outputs], [t._version for t in outputs]
+        self.served = self.arrived = self.released = False
+        device = _device(outputs[0]) if outputs else "cpu"
         self.autocast: dict[str, Any] = {"device_type": device, "enabled": torch.is_autocast_enabled(device)}
         if self.autocast["enabled"]:
             self.autocast |= {"dtype": torch.get_autocast_dtype(device), "cache_enabled": False}
-        self.served = self.arrived = self.released = False
 
     def release(self) -> None:
         """Let go of tensors, so that a loss that is kept does not keep every layer's input with it."""
         self.leaves, self.errors, self.outputs, self.released = [], {}, [], True
 
-    def _guess(self, leaf: Any) -> Axis | None:
-        """The first axis, where it is as long as the batch; of one sample, whatever there is."""
-        if not isinstance(leaf, Tensor) or not leaf.ndim or not self.rows:
-            return None
-        return Axis(0, len(leaf)) if self.rows == 1 else Axis() if len(leaf) == self.rows else None
+    def kind(self) -> tuple[int, list[Sequence[int]], list[torch.Size]]:
+        """What its axes depend on: the number of samples, and the shapes at input and output, () of no tensor."""
+        return self.rows, [t.shape if isinstance(t, Tensor) else () for t in self.leaves], self.shapes
 
-    def place(self, looked: tuple[Sequence[Axis | None], Sequence[Axis | None]]) -> None:
-        """Take the axes that a look at other samples found, where they fit what is here."""
-        shapes = [t.shape if isinstance(t, Tensor) else () for t in self.leaves]
-        for own, sizes, found in ((self.axes, shapes, looked[0]), (self.output_axes, self.shapes, looked[1])):
-            if len(found) != len(sizes) or not self.rows:
+    def place(self, looked: tuple[Sequence[Axis | None], Sequence[Axis | None]] | None) -> None:
+        """Take the axes that a look at other samples found, where they fit what is here; else guess."""
+        rows, inputs, outputs = self.kind()
+        self.axes, self.output_axes = [_guess(s, rows) for s in inputs], [_guess(s, rows) for s in outputs]
+        ends = (self.axes, inputs), (self.output_axes, outputs)  # type: Any
+        for (own, sizes), found in zip(ends, looked or (), strict=False):
+            if len(found) != len(sizes) or not rows:
                 continue
             for k, (size, axis) in enumerate(zip(sizes, found, strict=True)):
                 own[k] = None
-                if axis is not None and axis.dim < len(size) and size[axis.dim] % self.rows == 0:
-                    fold = size[axis.dim] // self.rows
-                    own[k] = axis if fold == axis.fold else None
+                if axis is not None and axis.dim < len(size) and size[axis.dim] % rows == 0:
+                    own[k] = axis if size[axis.dim] // rows == axis.fold else None
 
     def overwritten(self) -> bool:
         """Whether an input was changed in place after it was used."""
-        return any(t._version != v for t, v in zip(self.leaves, self.versions, strict=True) if isinstance(t, Tensor))
+        return any(v is not None and t._version != v for t, v in zip(self.leaves, self.versions, strict=True))
 
     def tensors(self) -> list[int]:
-        return [k for k, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+        return [k for k, version in enumerate(self.versions) if version is not None]
+
+
+def _guess(shape: Sequence[int], rows: int) -> Axis | None:
+    """The first axis, where it is as long as the batch; of one sample, whatever there is."""
+    if not len(shape) or not rows:
+        return None
+    return Axis(0, shape[0]) if rows == 1 else Axis() if shape[0] == rows else None
 
 
 def is_close(a: Tensor, b: Tensor) -> bool:

@@ -61,7 +61,7 @@ def is_torchs_own(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.")
 
 
-_quiet = threading.local()
+_quiet, _peek = threading.local(), torch._C._functorch.peek_interpreter_stack
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def is_training_pass() -> bool:
     # vmap and grad of torch.func call the hooked modules too: those calls are not training passes, nor is evaluation.
     if getattr(_quiet, "now", False) or not torch.is_grad_enabled():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is None
+    return _peek() is None
 
 
 def couples_samples(module: nn.Module) -> bool:

@@ -73,6 +73,6 @@ def agrees(found: Sums | None, given: Tensor, largest: float, autocast: bool, ro
     coarse = coarse or (given.is_cuda and torch.backends.cuda.matmul.allow_tf32)
     precise = 5e-2 if coarse else 2e-4 if given.dtype == torch.float32 else 1e-5
     allowed = precise * float(given.abs().max()) + 100 * torch.finfo(given.dtype).eps * largest
-    if any(float((found.total * factor - given).abs().max()) <= allowed for factor in {1, rows}):
+    if any(float(given.sub(found.total, alpha=factor).abs_().max()) <= allowed for factor in {1, rows}):
         return True  # autograd may add samples up in bfloat16, where a sum stands still: then its direction counts
     return coarse and float(torch.cosine_similarity(found.total.flatten(), given.flatten().float(), dim=0)) > 0.9

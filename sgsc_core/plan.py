@@ -142,6 +142,7 @@ class Kept:
         self.rules: dict[str, Any] = {}
         self.again: dict[str, list[str]] = {}  # path: parameters' names
         self.candidates: set[str] = set()
+        self.names: dict[str, set[str]] = {}  # path: parameters that its calls serve; only these paths' calls are kept
         for name, way in ways.items():
             if way.again is None:
                 for owner in way.owners:
@@ -151,6 +152,8 @@ class Kept:
                 self.again.setdefault(way.again, []).append(name)
             if name in unchecked:
                 self.candidates.update(around(model, way.owners))
+        for path in {*self.by_rule, *self.again, *self.candidates}:
+            self.names[path] = {*(name for _, name in self.by_rule.get(path, ())), *self.again.get(path, ())}
 
 
 def explain_model(model: nn.Module, rules: Mapping[type, Callable]) -> Iterator[Served]:

@@ -6,16 +6,17 @@ autograd has added to its gradient, and only then do the samples count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import operator
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from sgsc_core.backward import Backward
-from sgsc_core.calls import Call, Hook, Pass, RandomState, behind, rows_of, tensors_in
+from sgsc_core.calls import Call, Hook, Pass, RandomState, behind, flattened, rows_of, tensors_in
 from sgsc_core.checks import is_training_pass, refuse_coupled, warn_of_direct_calls
 from sgsc_core.look import Look, second_look
 from sgsc_core.plan import Kept, Way, above, problems_of, ways
@@ -36,6 +37,7 @@ class Recorder(Backward):
         self.running = False  # the model's own forward pass is under way
         self.checks, self.looks = check, {}  # type: bool, dict[Any, Look]
         self.look = Look({}, {})  # what the look at samples like these found
+        self.places: dict[tuple[str, int], tuple] = {}  # so where each call's samples lie, by path and number
         self.learnt: dict[str, Way] = {}  # what the first batch has shown of parameters
         self.unchecked = self.names() if check else set()
         self.open: set[int] = set()  # backward passes under way, by autograd's number
@@ -53,7 +55,8 @@ class Recorder(Backward):
         self.remove()
         model, found, learnt = self.model, ways(self.model, self.rules).items(), self.learnt
         self.ways = {name: learnt.get(name, way) for name, way in found if way.parameter.requires_grad}
-        self.parameters = [*model.parameters()]
+        self.modules, self.parameters = [*model.modules()], [*model.parameters()]
+        self.parts = parts_of(self.modules)
         self.trained = [p.requires_grad for p in self.parameters]
         self.hooks = [model.register_forward_pre_hook(Hook(self.on_model, model), prepend=True, with_kwargs=True)]
         self.hooks.append(model.register_forward_hook(Hook(self.on_model_end, model), always_call=True))
@@ -65,10 +68,12 @@ class Recorder(Backward):
                 self.hooks.append(module.register_forward_hook(after, prepend=True, with_kwargs=True))
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 self.hooks.append(module.register_forward_pre_hook(Hook(refuse_coupled, module, path)))
+        weakly = weakref.ref(self)  # Python's garbage collector does not see the cycles through a tensor's hooks
         for name, way in self.ways.items():
-            before_sum, after_sum = partial(self.on_gradient, name), partial(self.on_accumulated, name)
+            before_sum, after_sum = partial(on_gradient, weakly, name), partial(on_accumulated, weakly, name)
             self.hooks.append(way.parameter.register_hook(before_sum))
             self.hooks.append(way.parameter.register_post_accumulate_grad_hook(after_sum))
+        self.places.clear()
         self.plan()
 
     def remove(self) -> None:
@@ -85,11 +90,12 @@ class Recorder(Backward):
     def on_model(self, _: str, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if not is_training_pass():
             return
-        now = [*model.parameters()]
-        replaced = len(now) != len(self.parameters) or any(
-            p is not q for p, q in zip(now, self.parameters, strict=True)
-        )
-        if replaced or [p.requires_grad for p in now] != self.trained:
+        replaced = False
+        if not same(parts_of(self.modules), self.parts):
+            replaced = not same([*model.parameters()], self.parameters)
+            self.modules = [*model.modules()]
+            self.parts = parts_of(self.modules)
+        if replaced or [p.requires_grad for p in self.parameters] != self.trained:
             if problems := problems_of(model, self.rules):  # some were frozen, thawed, replaced
                 raise ValueError("\n".join(problems))
             if replaced and self.checks:
@@ -105,8 +111,8 @@ class Recorder(Backward):
 
     def look_at(self, model: nn.Module, args: tuple, kwargs: dict, rows: int) -> None:
         """Look at two samples, and check again, for each new kind of batch: other shapes, training or evaluation."""
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        kind = tuple((t.ndim, len(t) == rows, t.shape[1:]) if t.ndim else () for t in tensors), model.training
+        tensors = [t for t in flattened(args, kwargs)[0] if isinstance(t, Tensor)]
+        kind = tuple((t.ndim, t.shape[0] == rows, t.shape[1:]) if t.ndim else () for t in tensors), model.training
         if kind not in self.looks:
             for path, module in model.named_modules():  # named before the look blames what stands around
                 refuse_coupled(path, module)
@@ -114,7 +120,8 @@ class Recorder(Backward):
                 self.unchecked = self.names()
                 self.plan()
             self.looks[kind] = second_look(model, args, kwargs, rows)
-        self.look = self.looks[kind]
+        if self.look is not self.looks[kind]:
+            self.look, self.places = self.looks[kind], {}
 
     def on_model_end(self, _: str, model: nn.Module, args: tuple, output: Any) -> None:
         """Find in autograd's graph where what all samples share meets them, of parameters that may be served so."""
@@ -133,24 +140,34 @@ class Recorder(Backward):
         return self.current
 
     def on_call(self, path: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        own, again = self.kept.by_rule.get(path, []), self.kept.again.get(path, [])
-        if not (own or again or path in self.kept.candidates) or not is_training_pass():
+        names = self.kept.names.get(path)
+        if names is None or not is_training_pass():
             return
         this = self.pass_of(path, args, kwargs)
+        number = this.calls.get(path, 0)
         call = Call(path, module, args, kwargs, output, this, self.random.pop(path, None))
-        call.names = {*(name for _, name in own), *again}
-        call.served, call.rule = bool(call.names), self.kept.rules.get(path)
-        if this.rows > 1 and (looked := self.look.axes.get(path)):  # of one sample is all that there is
-            call.place(looked[min(this.calls.get(path, 0), len(looked) - 1)])
-        this.calls[path] = this.calls.get(path, 0) + 1
+        call.names, call.served, call.rule = names.copy(), bool(names), self.kept.rules.get(path)
+        self.place(call, number)
+        this.calls[path] = number + 1
         this.autocast |= bool(call.autocast["enabled"])
         if call.rule and call.output_axes == [None] and isinstance(output, Tensor):
-            self.lone.append((output.grad_fn, this.calls[path] - 1, call))
+            self.lone.append((output.grad_fn, number, call))
         for k, leaf in enumerate(tensors_in(output)):
             if leaf.requires_grad:
                 hooked = behind(leaf, call)
                 view = None if hooked is leaf else (leaf.shape, leaf.stride())
                 hooked.register_hook(lambda errors, k=k, view=view: self.on_errors(call, k, errors, view))
+
+    def place(self, call: Call, number: int) -> None:
+        """Find a call's samples: as in the last pass, if that had as many of the same shapes."""
+        key, kind = (call.path, number), call.kind()
+        last, *found = self.places.get(key, (None,))
+        if last == kind:
+            call.axes, call.output_axes, call.known = found
+            return
+        looked = self.look.axes.get(call.path) if call.rows > 1 else None  # of one sample is all that there is
+        call.place(looked[min(number, len(looked) - 1)] if looked else None)
+        self.places[key] = kind, call.axes, call.output_axes, call.known
 
     def pass_of(self, path: str, args: tuple, kwargs: dict) -> Pass:
         """The pass that a call belongs to: the model's; where layers are called directly, that of other layers."""
@@ -165,3 +182,22 @@ class Recorder(Backward):
                     warn_of_direct_calls()
             return self.start_pass(rows_of(args, kwargs) or 0)
         return self.current
+
+
+def on_gradient(recorder: Callable[[], Recorder | None], name: str, gradient: Tensor) -> None:
+    if (alive := recorder()) is not None:
+        alive.on_gradient(name, gradient)
+
+
+def on_accumulated(recorder: Callable[[], Recorder | None], name: str, p: nn.Parameter) -> None:
+    if (alive := recorder()) is not None:
+        alive.on_accumulated(name, p)
+
+
+def parts_of(modules: Iterable[nn.Module]) -> list[Any]:
+    """What stands in each of some modules, parameters and modules: where it is the same, so are a model's of both."""
+    return [part for m in modules for parts in (m._parameters, m._modules) for part in parts.values()]
+
+
+def same(one: list[Any], other: list[Any]) -> bool:
+    return len(one) == len(other) and all(map(operator.is_, one, other))

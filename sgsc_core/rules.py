@@ -8,7 +8,7 @@ output, is [b, ...]. A gradient is a tensor [b, *shape], or stands for one: `Out
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -81,17 +81,23 @@ def holds(entries: Callable[[Any, Any], int]) -> Callable[[Rule], Rule]:
     return mark
 
 
-def parts(rule: Any, module: nn.Module, inputs: Any, errors: Tensor) -> Iterator[slice]:
-    """Cut a batch so that neither the gradients that a rule builds nor the activations exceed CHUNK_ENTRIES."""
-    own = sum(p.numel() for p in module.parameters(recurse=False))
-    entries = getattr(rule, "entries", lambda *_: own)(module, inputs)
-    n = len(errors)
-    size = max(1, CHUNK_ENTRIES // max(entries, errors[:1].numel())) if entries else max(1, n)
-    return (slice(start, start + size) for start in range(0, n, size))
+def samples_at_once(rule: Any, module: nn.Module, inputs: Any, errors: Tensor) -> int:
+    """So many that neither the gradients that a rule builds nor the activations exceed CHUNK_ENTRIES."""
+    entries = getattr(rule, "entries", _own_entries)(module, inputs)
+    n = errors.shape[0]
+    return max(1, CHUNK_ENTRIES // max(entries, errors.numel() // n)) if entries else n
+
+
+def _own_entries(module: nn.Module, _: Any) -> int:
+    return sum(p.numel() for p in module.parameters(recurse=False))
 
 
 def _vectors(inputs: Tensor) -> bool:
-    return inputs[:1].numel() == inputs.shape[-1]  # one outer product a sample
+    return inputs.ndim == 2 or math.prod(inputs.shape[1:]) == inputs.shape[-1]  # one outer product a sample
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor if tensor.ndim == 2 else tensor.reshape(len(tensor), -1)
 
 
 def _steps(tensor: Tensor, last: int = 1) -> Tensor:
@@ -112,8 +118,8 @@ def linear_rule(module: nn.Linear, inputs: Tensor, errors: Tensor) -> Mapping[st
     tensor([[ 2., -1.]])
     """
     if _vectors(inputs):
-        a, delta = inputs.reshape(len(inputs), -1), errors.reshape(len(errors), -1)
-        return {"weight": Outer(delta, a.to(delta.dtype)), "bias": delta}
+        a, delta = _flat(inputs), _flat(errors)
+        return {"weight": Outer(delta, a if a.dtype == delta.dtype else a.to(delta.dtype)), "bias": delta}
     a, delta = _steps(inputs), _steps(errors)  # [b, T, in], [b, T, out]
     return {"weight": delta.mT @ a.to(delta.dtype), "bias": delta.sum(1)}
 

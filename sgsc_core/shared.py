@@ -98,7 +98,7 @@ class Shared:
         call.leaves = [t.expand(self.rows, *t.shape) if isinstance(t, Tensor) else t for t in call.leaves]
         call.errors, call.shapes = {0: self.errors}, [self.errors.shape]
         call.axes = [Axis() if isinstance(t, Tensor) else None for t in call.leaves]
-        call.output_axes = [Axis()]
+        call.output_axes, call.known = [Axis()], {}
         return call
 
     def release(self) -> None:

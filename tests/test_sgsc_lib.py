@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import warnings
+import weakref
 from contextlib import nullcontext
 from functools import partial
 
@@ -33,7 +34,16 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.checkpoint import checkpoint
 
 from sgsc_core import sums
-from sgsc_lib import SGSC, check_consistency, mlp, noise_floor, per_sample_gradients, power_gate, sign_consistency
+from sgsc_lib import (
+    SGSC,
+    check_consistency,
+    factored_sums,
+    mlp,
+    noise_floor,
+    per_sample_gradients,
+    power_gate,
+    sign_consistency,
+)
 
 OPTIMISERS = [partial(torch.optim.SGD, lr=0.1, momentum=0.9), partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)]
 
@@ -571,6 +581,30 @@ def test_a_kept_loss_keeps_no_activations():
     loss.backward()
     gc.collect()
     assert not [t for t in gc.get_objects() if type(t) is Tensor and t.shape == (13, 37)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("rows, width", [(1, 1), (7, 3), (600, 33), (33, 640)])
+def test_signs_summed_as_bytes_are_those_of_the_definition(rows, width, dtype):
+    """Beyond 127 samples, and of any layout."""
+    a, delta = torch.ones(rows, 5, dtype=dtype), torch.randn(rows, width).to(dtype) * (torch.rand(rows, width) < 0.9)
+    a[:, 1:4], a[0, 4] = torch.randn(rows, 3).relu(), math.nan
+    delta[:, 0] = -1.0
+    for pair in ((a, delta), (a.T.contiguous().T, delta.T.contiguous().T), (a, delta[:1].expand(rows, -1))):
+        for found, expected in zip(sums._in_bytes(*pair), factored_sums(*pair, sums._sign), strict=True):
+            assert_equal(found, expected)
+
+
+def test_a_model_that_nobody_holds_goes_with_its_hooks_and_its_statistic():
+    model, x, y = toy()
+    sgsc = SGSC(model, gamma=1.0)
+    loss_of(model, x, y).backward()
+    sgsc.scale_gradients_()
+    held = [weakref.ref(t) for p in model.parameters() for t in (p, p.grad, sgsc.consistency()["0.weight"])]
+    held += [weakref.ref(sums) for sums in sgsc._statistic().sums.values()]
+    del model, sgsc
+    gc.collect()
+    assert not [t for t in held if t() is not None]
 
 
 def test_two_samples_do_not_need_memory_for_the_vocabulary():
