@@ -16,18 +16,16 @@ from torch import Tensor, nn
 from sgsc_core.again import recomputed
 from sgsc_core.calls import Call, in_front
 from sgsc_core.checks import refuse_answer, refuse_overwritten
+from sgsc_core.gradients import PerSample, Products, built, sums_of
 from sgsc_core.rules import (
     CHUNK_ENTRIES,
     RULES,
-    PerSample,
     bilinear_rule,
-    built,
     convolution_rule,
     embedding_rule,
     layer_norm_rule,
     linear_rule,
     parts,
-    sums_of,
     transposed_convolution_rule,
     transposed_linear_rule,
 )
@@ -59,9 +57,10 @@ class Summing:
     active: bool
 
     def __call__(self, gradients: PerSample) -> Sums:
-        total = sums_of(gradients, lambda t: t) if self.total else None
-        active = sums_of(gradients, lambda t: t.ne(0).to(t.dtype)).sum(dtype=torch.float64) if self.active else None
-        return Sums(sums_of(gradients), total, active)
+        wanted = [f for f, on in ((_itself, self.total), (_active, self.active)) if on]
+        *found, sign = sums_of(gradients, *wanted)
+        total, active = found[0] if self.total else None, found[-1].sum(dtype=torch.float64) if self.active else None
+        return Sums(sign, total, active)
 
     # -- by rules ------------------------------------------------------------------------------------------------------
 
@@ -80,7 +79,9 @@ class Summing:
         rules = [call.rule for call, _ in uses]
         operands = [self._operands(call) for call, _ in uses]
         cuts = [_cut(rule, call, own) for rule, (call, _), own in zip(rules, uses, operands, strict=True)]
-        size, total = min(part.stop - part.start for cut in cuts for part in cut), None
+        of_one: Any = uses[0][0].module._parameters[uses[0][1]]  # which is built, for each sample
+        built_at_once = max(1, CHUNK_ENTRIES // max(1, of_one.numel()))
+        size, total = min(built_at_once, *(part.stop - part.start for cut in cuts for part in cut)), None
         for start in range(0, uses[0][0].rows, size):
             part = slice(start, start + size)
             gradients = [built(_answer(rule, call, own, part)[key])
@@ -149,7 +150,22 @@ def _answer(rule: Any, call: Call, operands: tuple[Any, Tensor, int], part: slic
     found = rule(call.module, inputs, errors[rows])
     if rule not in RULES.values():
         refuse_answer(call.path, call.module, found, len(errors[rows]))
-    return found if fold == 1 else {key: built(g).unflatten(0, (-1, fold)).sum(1) for key, g in found.items()}
+    return found if fold == 1 else {key: _joined(g, fold) for key, g in found.items()}
+
+
+def _joined(gradients: PerSample, fold: int) -> PerSample:
+    """Of `fold` rows that are one sample's, their sum."""
+    if isinstance(gradients, Products):
+        return gradients.joined(fold)
+    return built(gradients).unflatten(0, (-1, fold)).sum(1)
+
+
+def _itself(t: Tensor) -> Tensor:
+    return t
+
+
+def _active(t: Tensor) -> Tensor:
+    return t.ne(0).to(t.dtype)
 
 
 def _added(streams: Sequence[Iterator[dict[str, Tensor]]]) -> dict[str, Tensor]:
