@@ -93,7 +93,8 @@ def bilinear_rule(module: nn.Bilinear, inputs: tuple[Tensor, Tensor], errors: Te
 
 
 def _held_by_convolution(module: Any, inputs: Tensor) -> int:
-    positions = inputs[0, 0].numel()  # about as many as at the output of a convolution with stride 1
+    steps = [1] * len(module.stride) if module.transposed else module.stride
+    positions = math.prod(-(-size // step) for size, step in zip(inputs.shape[2:], steps, strict=True))  # about as many
     return module.in_channels * math.prod(module.kernel_size) * positions
 
 
@@ -151,7 +152,7 @@ def embedding_rule(module: nn.Embedding, inputs: Tensor, errors: Tensor) -> Mapp
     """`nn.Embedding`: one row for each distinct (sample, token) pair, never b × the vocabulary.
 
     >>> tokens, delta = torch.tensor([[0, 2], [0, 0]]), torch.tensor([[[1.0], [1.0]], [[1.0], [-3.0]]])
-    >>> sums_of(embedding_rule(nn.Embedding(3, 1), tokens, delta)["weight"]).flatten()
+    >>> sums_of(embedding_rule(nn.Embedding(3, 1), tokens, delta)["weight"])[0].flatten()
     tensor([0., 0., 1.])
     """
     return {"weight": _rows(module, inputs.reshape(len(inputs), -1), _steps(errors))}
