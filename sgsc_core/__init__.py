@@ -1,5 +1,5 @@
 """What `sgsc_lib` is made of. It needs torch alone, and imports go one way:
 
-checks ← definition ← gradients ← rules ← calls ← shared ← look, plan, again ← sums ← confirm ← backward
+checks ← definition ← gradients ← rules ← calls ← shared ← look, plan, again ← sums ← fused, confirm ← backward
 ← recorder ← sgsc_lib
 """

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from sgsc_core.backward import Backward
 from sgsc_core.calls import Call, Hook, Pass, RandomState, behind, rows_of, tensors_in
 from sgsc_core.checks import is_training_pass, refuse_coupled, warn_of_direct_calls
+from sgsc_core.fused import fused, is_fusible
 from sgsc_core.look import Look, second_look
 from sgsc_core.plan import Kept, Way, above, problems_of, ways
 from sgsc_core.rules import Rule
@@ -132,10 +133,11 @@ class Recorder(Backward):
         self.current = Pass(rows)
         return self.current
 
-    def on_call(self, path: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def on_call(self, path: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
+        """Keep a layer's call. Returns what the layer should return in place of its output, if that changes."""
         own, again = self.kept.by_rule.get(path, []), self.kept.again.get(path, [])
         if not (own or again or path in self.kept.candidates) or not is_training_pass():
-            return
+            return None
         this = self.pass_of(path, args, kwargs)
         call = Call(path, module, args, kwargs, output, this, self.random.pop(path, None))
         call.names = {*(name for _, name in own), *again}
@@ -146,11 +148,13 @@ class Recorder(Backward):
         this.autocast |= bool(call.autocast["enabled"])
         if call.rule and call.output_axes == [None] and isinstance(output, Tensor):
             self.lone.append((output.grad_fn, this.calls[path] - 1, call))
-        for k, leaf in enumerate(tensors_in(output)):
+        replaced = fused(self, call, output, args[0]) if is_fusible(self, call, args, output) else None
+        for k, leaf in enumerate(tensors_in(output if replaced is None else replaced)):
             if leaf.requires_grad:
                 hooked = behind(leaf, call)
                 view = None if hooked is leaf else (leaf.shape, leaf.stride())
                 hooked.register_hook(lambda errors, k=k, view=view: self.on_errors(call, k, errors, view))
+        return replaced
 
     def pass_of(self, path: str, args: tuple, kwargs: dict) -> Pass:
         """The pass that a call belongs to: the model's; where layers are called directly, that of other layers."""
