@@ -46,19 +46,19 @@ class Products(NamedTuple):
         if self.errors.shape[2] == 1:  # one product, whose sign factors
             factors = (t.reshape(-1, self.groups, t[0].numel()).transpose(0, 1) for t in (self.errors, self.inputs))
             return [total.view(self.shape) for total in Outer(*factors).sums(*functions)]
-        dtype, entries = statistic_dtype(self.errors), math.prod(self.shape)
-        totals = [self.errors.new_zeros(1, entries, dtype=dtype) for _ in functions]
+        totals: list[Tensor | None] = [None] * len(functions)
         for block in self.blocks():
-            for total, f in zip(totals, functions, strict=True):
-                _add_up(total, block.sign_() if f is torch.sign else f(block))  # the sign comes last
-        return [total.view(self.shape) for total in totals]
+            for k, f in enumerate(functions):  # the sign comes last
+                totals[k] = _summed(block.sign_() if f is torch.sign else f(block), totals[k])
+        return [total.view(self.shape) for total in totals if total is not None]
 
     def blocks(self) -> Iterator[Tensor]:
         """The gradients of some samples after another, [n, entries], in memory that the next block overwrites."""
         entries, left, right = math.prod(self.shape), self.errors, self.inputs
         rows = self.groups * max(1, BLOCK_ENTRIES // max(1, entries))
         held = left.new_empty(min(rows, len(left)), left.shape[1], right.shape[2])
-        for a, b in zip(left.split(rows), right.split(rows), strict=True):
+        for start in range(0, len(left), rows):
+            a, b = left[start : start + rows], right[start : start + rows]
             yield torch.bmm(a, b, out=held[: len(a)]).view(-1, entries)
 
     def joined(self, fold: int) -> Products:
@@ -102,12 +102,13 @@ def sums_of(gradients: PerSample, *before: Function) -> list[Tensor]:
     return gradients.sums(*before, torch.sign)
 
 
-def _add_up(total: Tensor, rows: Tensor) -> None:
-    """total [1, P] += the sum of rows [n, P]."""
-    if rows.dtype == total.dtype and not rows.is_cuda:
-        total.addmm_(rows.new_ones(1, len(rows)), rows)  # on a CPU faster than a sum over the first axis
-    else:
-        total += rows.sum(0, dtype=total.dtype)
+def _summed(rows: Tensor, total: Tensor | None) -> Tensor:
+    """The sum of rows [n, P], added to a total [1, P] in place."""
+    if rows.is_cuda or rows.dtype != statistic_dtype(rows):
+        found = rows.sum(0, keepdim=True, dtype=statistic_dtype(rows))
+        return found if total is None else total.add_(found)
+    ones = rows.new_ones(1, len(rows))  # a product is faster than a sum over the first axis on a CPU
+    return ones @ rows if total is None else total.addmm_(ones, rows)
 
 
 def built(gradients: PerSample) -> Tensor:

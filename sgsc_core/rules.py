@@ -36,10 +36,13 @@ def holds(entries: Callable[[Any, Any], int]) -> Callable[[Rule], Rule]:
     return mark
 
 
+def _own_entries(module: nn.Module, _: Any) -> int:
+    return sum(p.numel() for p in module.parameters(recurse=False))
+
+
 def parts(rule: Any, module: nn.Module, inputs: Any, errors: Tensor) -> Iterator[slice]:
     """Cut a batch so that neither the gradients that a rule builds nor the activations exceed CHUNK_ENTRIES."""
-    own = sum(p.numel() for p in module.parameters(recurse=False))
-    entries = getattr(rule, "entries", lambda *_: own)(module, inputs)
+    entries = getattr(rule, "entries", _own_entries)(module, inputs)
     n = len(errors)
     size = max(1, CHUNK_ENTRIES // max(entries, errors[:1].numel())) if entries else max(1, n)
     return (slice(start, start + size) for start in range(0, n, size))
