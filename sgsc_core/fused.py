@@ -23,7 +23,7 @@ from sgsc_core.sums import Summing
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NODES = {  # what autograd's graph has for a layer's forward pass as torch wrote it
-    linear_rule: {"ViewBackward0", "UnsafeViewBackward0", "AddBackward0"},  # on sequences
+    linear_rule: {"AddmmBackward0", "MmBackward0", "ViewBackward0", "UnsafeViewBackward0", "AddBackward0"},
     convolution_rule: {"ConvolutionBackward0"},
     transposed_convolution_rule: {"ConvolutionBackward0"},
 }
@@ -92,7 +92,7 @@ def is_fusible(recorder: Any, call: Call, args: tuple, output: Any) -> bool:
         and _is_plain(args[0], output)
         and output.grad_fn is not None
         and output.grad_fn.name() in NODES[call.rule]
-        and _builds(call.module, args[0])
+        and _builds(call, args[0])
         and _is_torchs_own(call.module)
         and _is_checked(recorder, call)
         and not call.autocast["enabled"]
@@ -105,10 +105,11 @@ def _is_plain(x: Any, output: Any) -> bool:
     return same and x.dtype in (torch.float32, torch.float64) and x.layout is torch.strided and not x.is_nested
 
 
-def _builds(module: Any, x: Tensor) -> bool:
+def _builds(call: Call, x: Tensor) -> bool:
     """Whether the rule builds per-sample gradients, from the input as the layer was given it."""
+    module: Any = call.module
     if isinstance(module, nn.Linear):
-        return x.ndim > 2 and x.shape[:-1].numel() > len(x)
+        return x.shape[:-1].numel() > call.rows  # several positions a sample
     return module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
