@@ -22,6 +22,7 @@ from sgsc_core.rules import RULES, convolution_rule, linear_rule, transposed_con
 from sgsc_core.sums import Summing
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+WORTHWHILE = 2**21  # multiplications of a product below which Python's cost for such a node is more than that saves
 NODES = {  # what autograd's graph has for a layer's forward pass as torch wrote it
     linear_rule: {"AddmmBackward0", "MmBackward0", "ViewBackward0", "UnsafeViewBackward0", "AddBackward0"},
     convolution_rule: {"ConvolutionBackward0"},
@@ -93,6 +94,7 @@ def is_fusible(recorder: Any, call: Call, args: tuple, output: Any) -> bool:
         and output.grad_fn is not None
         and output.grad_fn.name() in NODES[call.rule]
         and _builds(call, args[0])
+        and _multiplications(call.module, args[0], output) >= WORTHWHILE
         and _is_torchs_own(call.module)
         and _is_checked(recorder, call)
         and not call.autocast["enabled"]
@@ -111,6 +113,11 @@ def _builds(call: Call, x: Tensor) -> bool:
     if isinstance(module, nn.Linear):
         return x.shape[:-1].numel() > call.rows  # several positions a sample
     return module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+def _multiplications(module: Any, x: Tensor, output: Tensor) -> int:
+    """Of the product that gives the weight's gradient."""
+    return (x if getattr(module, "transposed", False) else output).numel() * module.weight.shape[1:].numel()
 
 
 def _is_torchs_own(module: nn.Module) -> bool:

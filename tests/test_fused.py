@@ -22,6 +22,11 @@ from sgsc_lib import SGSC, per_sample_gradients
 close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
 
 
+@pytest.fixture(autouse=True)
+def worthwhile(monkeypatch):
+    monkeypatch.setattr(fused, "WORTHWHILE", 0)  # for layers as small as these too
+
+
 def fused_nodes(output: Tensor) -> int:
     """How many layers in an output's graph have the node that makes both."""
     seen, pending = set(), [output.grad_fn]
@@ -129,6 +134,14 @@ def test_another_kind_of_batch_is_checked_by_autograds_own_gradient_first():
         F.cross_entropy(output, y).backward()
     assert fused_nodes(model(torch.randn(4, 5, 4).double())) == 1
     assert fused_nodes(model(torch.randn(1, 5, 4).double())) == 0
+
+
+def test_a_product_that_costs_less_than_a_node_stays(monkeypatch):
+    monkeypatch.setattr(fused, "WORTHWHILE", 6 * 3 * 4 * 4 + 1)
+    model, x, y = sequences()
+    assert fused_nodes(later(model, x, y)[1]) == 0
+    monkeypatch.setattr(fused, "WORTHWHILE", 6 * 3 * 4 * 4)
+    assert fused_nodes(model(x)) == 2
 
 
 def hooked(layer: nn.Module, register: str, hook=lambda *_: None) -> nn.Module:
