@@ -8,7 +8,8 @@ How a training step goes, in `sgsc_core`: a forward hook keeps each call of a la
 error at it (`recorder`). When autograd has added to a parameter's gradient, the layer's rule (`rules`) makes
 Σ_i sign(g_i) from the calls that used it (`sums`). So c is of exactly the samples and uses that made `p.grad`. What no
 rule serves is recomputed (`again`). On its first batch SGSC checks itself: Σ_i g_i must be the gradient that autograd
-gave, parameter by parameter, and a look at two of the samples (`look`) must show that they keep apart.
+gave, parameter by parameter, and a look at two of the samples (`look`) must show that they keep apart. From then on,
+where a rule builds every g_i, their sum is the gradient, and autograd makes none of its own (`fused`).
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class SGSC:
 
     Samples lie along the first axis of the model's input, and the loss is a mean or a sum over samples. Several
     backward passes before one gate add up to the c of the whole batch; a parameter's statistic starts anew when its
-    gradient was cleared, or after a gate was used.
+    gradient was cleared, or after a gate was used. After the first batch, the gradient of a layer whose per-sample
+    gradients are built (`Linear` on sequences, convolutions) is their sum: autograd's own but for rounding.
 
     Parameters: `gamma` ≥ 0. `check`: on the first batch, find the axes of the samples, and compare Σ_i g_i with the
     gradient of autograd; this costs some forward passes on two samples and one more sum a parameter, once. A parameter

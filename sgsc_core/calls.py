@@ -217,10 +217,11 @@ class Hook:
         self.function, self.module, self.path = function, module, path
         self.uncompiled = torch.compiler.disable(function)
 
-    def __call__(self, called: nn.Module, *rest: Any) -> None:
-        if called is self.module:
-            function = self.uncompiled if torch.compiler.is_compiling() else self.function  # the first costs time
-            function(self.path, called, *rest)
+    def __call__(self, called: nn.Module, *rest: Any) -> Any:
+        if called is not self.module:
+            return None
+        function = self.uncompiled if torch.compiler.is_compiling() else self.function  # the first costs time
+        return function(self.path, called, *rest)
 
     def __deepcopy__(self, _: dict) -> Hook:
         return self

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sgsc_core.backward import Backward
 from sgsc_core.calls import Call, Hook, Pass, RandomState, behind, flattened, rows_of, tensors_in
 from sgsc_core.checks import is_training_pass, refuse_coupled, warn_of_direct_calls
+from sgsc_core.fused import fused, is_fusible
 from sgsc_core.look import Look, second_look
 from sgsc_core.plan import Kept, Way, above, problems_of, ways
 from sgsc_core.rules import Rule
@@ -139,10 +140,11 @@ class Recorder(Backward):
         self.current = Pass(rows)
         return self.current
 
-    def on_call(self, path: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def on_call(self, path: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
+        """Keep a layer's call. Returns what the layer should return in place of its output, if that changes."""
         names = self.kept.names.get(path)
         if names is None or not is_training_pass():
-            return
+            return None
         this = self.pass_of(path, args, kwargs)
         number = this.calls.get(path, 0)
         call = Call(path, module, args, kwargs, output, this, self.random.pop(path, None))
@@ -152,11 +154,13 @@ class Recorder(Backward):
         this.autocast |= bool(call.autocast["enabled"])
         if call.rule and call.output_axes == [None] and isinstance(output, Tensor):
             self.lone.append((output.grad_fn, number, call))
-        for k, leaf in enumerate(tensors_in(output)):
+        replaced = fused(self, call, output, args[0]) if is_fusible(self, call, args, output) else None
+        for k, leaf in enumerate(tensors_in(output if replaced is None else replaced)):
             if leaf.requires_grad:
                 hooked = behind(leaf, call)
                 view = None if hooked is leaf else (leaf.shape, leaf.stride())
                 hooked.register_hook(lambda errors, k=k, view=view: self.on_errors(call, k, errors, view))
+        return replaced
 
     def place(self, call: Call, number: int) -> None:
         """Find a call's samples: as in the last pass, if that had as many of the same shapes."""

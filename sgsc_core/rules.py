@@ -2,70 +2,25 @@
 
 A rule is a function (module, inputs, errors) -> {parameter's key: every sample's own gradient}, for a part of the
 batch. `inputs` A is [b, ...], a tuple of such where the layer takes several tensors; `errors` Δ, the gradient at its
-output, is [b, ...]. A gradient is a tensor [b, *shape], or stands for one: `Outer` and `Rows` are never built whole.
+output, is [b, ...]. A gradient is a tensor [b, *shape], or stands for one (`gradients`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sgsc_core.definition import factored_sums, per_sample_gradients, statistic_dtype
+from sgsc_core.definition import per_sample_gradients
+from sgsc_core.gradients import Outer, PerSample, Products, Rows, built, sums_of  # noqa: F401 - offered here too
 
-CHUNK_ENTRIES = 2**19  # of per-sample gradients held at once, but for one sample's: 2 MiB stay in a core's cache
+CHUNK_ENTRIES = 2**19  # of per-sample gradients held at once, but for one sample's: 2 MiB
 
-
-class Outer(NamedTuple):
-    """Per-sample gradients δ_i a_iᵀ, [b, out, in], as their factors."""
-
-    errors: Tensor  # [b, out]
-    inputs: Tensor  # [b, in]
-
-    def sums(self, f: Callable[[Tensor], Tensor]) -> Tensor:
-        return factored_sums(self.inputs, self.errors, f)[0]
-
-    def build(self) -> Tensor:
-        return self.errors.unsqueeze(2) * self.inputs.unsqueeze(1)
-
-
-class Rows(NamedTuple):
-    """Per-sample gradients [b, rows, D] that are zero but in some rows, each (sample, row) pair once."""
-
-    samples: Tensor  # [Q]
-    rows: Tensor  # [Q]
-    values: Tensor  # [Q, D]
-    shape: tuple[int, int, int]  # b, rows, D
-
-    def sums(self, f: Callable[[Tensor], Tensor]) -> Tensor:
-        return self.values.new_zeros(self.shape[1:], dtype=statistic_dtype(self.values)).index_add_(
-            0, self.rows, f(self.values).to(statistic_dtype(self.values))
-        )
-
-    def build(self) -> Tensor:
-        return self.values.new_zeros(self.shape).index_put_((self.samples, self.rows), self.values)
-
-
-PerSample = Tensor | Outer | Rows
 Rule = Callable[[Any, Any, Tensor], Mapping[str, PerSample]]
-
-
-def sums_of(gradients: PerSample, f: Callable[[Tensor], Tensor] = torch.sign) -> Tensor:
-    """Σ_i f(g_i), [*shape], for f with f(xy) = f(x) f(y); in float64 for float64 gradients, in float32 otherwise."""
-    if isinstance(gradients, Outer):
-        return Outer(*(f(t).to(statistic_dtype(t)) for t in gradients)).sums(lambda t: t)
-    if isinstance(gradients, Rows):
-        return gradients.sums(f)
-    return f(gradients).sum(0, dtype=statistic_dtype(gradients))
-
-
-def built(gradients: PerSample) -> Tensor:
-    """Every sample's own gradient as one tensor, [b, *shape]."""
-    return gradients if isinstance(gradients, Tensor) else gradients.build()
 
 
 def holds(entries: Callable[[Any, Any], int]) -> Callable[[Rule], Rule]:
@@ -108,29 +63,33 @@ def _steps(tensor: Tensor, last: int = 1) -> Tensor:
 # -- layers that multiply by a matrix ----------------------------------------------------------------------------------
 
 
-@holds(lambda module, inputs: 0 if _vectors(inputs) else module.weight.numel())
+@holds(lambda *_: 0)
 def linear_rule(module: nn.Linear, inputs: Tensor, errors: Tensor) -> Mapping[str, PerSample]:
     """`nn.Linear`: factors on [b, in]. On [b, ..., in] a sample's gradient is a sum of outer products, whose sign does
-    not factor: it is built.
+    not factor: it is built, some samples at a time.
 
     >>> a, delta = torch.tensor([[1.0, -2.0], [3.0, 0.0]]), torch.tensor([[0.5], [0.1]])
     >>> sums_of(linear_rule(nn.Linear(2, 1), a, delta)["weight"])
-    tensor([[ 2., -1.]])
+    [tensor([[ 2., -1.]])]
     """
     if _vectors(inputs):
         a, delta = _flat(inputs), _flat(errors)
         return {"weight": Outer(delta, a if a.dtype == delta.dtype else a.to(delta.dtype)), "bias": delta}
     a, delta = _steps(inputs), _steps(errors)  # [b, T, in], [b, T, out]
-    return {"weight": delta.mT @ a.to(delta.dtype), "bias": delta.sum(1)}
+    shape = delta.shape[2], a.shape[2]
+    return {"weight": Products(delta.mT, a.to(delta.dtype), 1, shape), "bias": delta.sum(1)}
 
 
-@holds(lambda module, inputs: 0 if _vectors(inputs) else module.weight.numel())
+@holds(lambda *_: 0)
 def transposed_linear_rule(module: Any, inputs: Tensor, errors: Tensor) -> Mapping[str, PerSample]:
     """`Conv1D` of the package transformers: a Linear layer whose weight is [in, out]."""
     found = linear_rule(module, inputs, errors)
     weight: Any = found["weight"]
-    return {"weight": Outer(weight.inputs, weight.errors) if isinstance(weight, Outer) else weight.mT,
-            "bias": found["bias"]}  # fmt: skip
+    if isinstance(weight, Outer):
+        turned: PerSample = Outer(weight.inputs, weight.errors)
+    else:
+        turned = Products(weight.inputs.mT, weight.errors.mT, 1, weight.shape[::-1])
+    return {"weight": turned, "bias": found["bias"]}
 
 
 def bilinear_rule(module: nn.Bilinear, inputs: tuple[Tensor, Tensor], errors: Tensor) -> Mapping[str, PerSample]:
@@ -140,8 +99,9 @@ def bilinear_rule(module: nn.Bilinear, inputs: tuple[Tensor, Tensor], errors: Te
 
 
 def _held_by_convolution(module: Any, inputs: Tensor) -> int:
-    positions = inputs[0, 0].numel()  # about as many as at the output of a convolution with stride 1
-    return max(module.weight.numel(), module.in_channels * math.prod(module.kernel_size) * positions)
+    steps = [1] * len(module.stride) if module.transposed else module.stride
+    positions = math.prod(-(-size // step) for size, step in zip(inputs.shape[2:], steps, strict=True))  # about as many
+    return module.in_channels * math.prod(module.kernel_size) * positions
 
 
 @holds(_held_by_convolution)
@@ -150,7 +110,7 @@ def convolution_rule(module: Any, inputs: Tensor, errors: Tensor) -> Mapping[str
     product of its errors [out, L] and its patches [L, in · kernel], a group at a time.
 
     >>> a, delta = torch.tensor([[[1.0, 2.0, -5.0]]]), torch.tensor([[[1.0, 1.0]]])
-    >>> convolution_rule(nn.Conv1d(1, 1, kernel_size=2), a, delta)["weight"]  # 1 + 2 and 2 - 5
+    >>> built(convolution_rule(nn.Conv1d(1, 1, kernel_size=2), a, delta)["weight"])  # 1 + 2 and 2 - 5
     tensor([[[[ 3., -3.]]]])
     """
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -166,7 +126,7 @@ def transposed_convolution_rule(module: Any, inputs: Tensor, errors: Tensor) -> 
     return {"weight": products, "bias": errors.flatten(2).sum(2)}
 
 
-def _patch_products(module: Any, image: Tensor, positions: Tensor) -> Tensor:
+def _patch_products(module: Any, image: Tensor, positions: Tensor) -> Products:
     """Σ over positions l of positions[:, o, l] · (the patch of the image at l)[c, k]: [b, *weight.shape]."""
     weight, groups, n = module.weight, module.groups, image.ndim - 2
     out, (batch, channel, *axes) = positions.shape[2:], image.contiguous().stride()
@@ -176,7 +136,7 @@ def _patch_products(module: Any, image: Tensor, positions: Tensor) -> Tensor:
     patches = image.contiguous().as_strided(size, (batch, channel * size[2], channel, *steps, *strides))
     patches = patches.flatten(3 + n).flatten(2, 2 + n).flatten(0, 1).contiguous()  # [b · groups, in · kernel, L]
     positions = positions.reshape(len(patches), -1, patches.shape[2])  # [b · groups, out / groups, L]
-    return torch.bmm(positions, patches.mT).view(len(image), *weight.shape)
+    return Products(positions, patches.mT, groups, weight.shape)
 
 
 # -- layers that look up rows ------------------------------------------------------------------------------------------
@@ -198,7 +158,7 @@ def embedding_rule(module: nn.Embedding, inputs: Tensor, errors: Tensor) -> Mapp
     """`nn.Embedding`: one row for each distinct (sample, token) pair, never b × the vocabulary.
 
     >>> tokens, delta = torch.tensor([[0, 2], [0, 0]]), torch.tensor([[[1.0], [1.0]], [[1.0], [-3.0]]])
-    >>> sums_of(embedding_rule(nn.Embedding(3, 1), tokens, delta)["weight"]).flatten()
+    >>> sums_of(embedding_rule(nn.Embedding(3, 1), tokens, delta)["weight"])[0].flatten()
     tensor([0., 0., 1.])
     """
     return {"weight": _rows(module, inputs.reshape(len(inputs), -1), _steps(errors))}

@@ -6,7 +6,7 @@ the uses, and its sign is taken after that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,19 +17,16 @@ from sgsc_core.again import recomputed
 from sgsc_core.calls import Call, in_front
 from sgsc_core.checks import refuse_answer, refuse_overwritten
 from sgsc_core.definition import factored_sums, statistic_dtype
+from sgsc_core.gradients import Outer, PerSample, Products, built, sums_of
 from sgsc_core.rules import (
     CHUNK_ENTRIES,
     RULES,
-    Outer,
-    PerSample,
     bilinear_rule,
-    built,
     convolution_rule,
     embedding_rule,
     layer_norm_rule,
     linear_rule,
     samples_at_once,
-    sums_of,
     transposed_convolution_rule,
     transposed_linear_rule,
 )
@@ -63,10 +60,11 @@ class Summing:
     total: bool
     active: bool
 
-    def __call__(self, gradients: PerSample, sign: Callable[[Tensor], Tensor] = torch.sign) -> Sums:
-        total = sums_of(gradients, lambda t: t) if self.total else None
-        active = sums_of(gradients, lambda t: t.ne(0).to(t.dtype)).sum(dtype=torch.float64) if self.active else None
-        return Sums(sums_of(gradients, sign), total, active)
+    def __call__(self, gradients: PerSample) -> Sums:
+        wanted = [f for f, on in ((_itself, self.total), (_active, self.active)) if on]
+        *found, sign = sums_of(gradients, *wanted)
+        total, active = found[0] if self.total else None, found[-1].sum(dtype=torch.float64) if self.active else None
+        return Sums(sign, total, active)
 
     # -- by rules ------------------------------------------------------------------------------------------------------
 
@@ -85,14 +83,16 @@ class Summing:
             sign, bias_sign = _signs_of(weight)  # the errors' signs are taken once
             return {"weight": Sums(sign, None, None), "bias": Sums(bias_sign, None, None)}
         own = {key: gradients for key, gradients in found.items() if call.module._parameters.get(key) is not None}
-        return {key: self(g, Tensor.sign_ if _is_made(g, call) else torch.sign) for key, g in own.items()}
+        return {key: self(g) for key, g in own.items()}
 
     def of_uses(self, uses: Sequence[tuple[Call, str]]) -> Sums | None:
         """Of one parameter, from the calls that used it and its key there."""
         rules = [call.rule for call, _ in uses]
         operands = [self._operands(call) for call, _ in uses]
         cuts = [_cut(rule, call, own) for rule, (call, _), own in zip(rules, uses, operands, strict=True)]
-        size, total = min(part.stop - part.start for cut in cuts for part in cut), None
+        of_one: Any = uses[0][0].module._parameters[uses[0][1]]  # which is built, for each sample
+        built_at_once = max(1, CHUNK_ENTRIES // max(1, of_one.numel()))
+        size, total = min(built_at_once, *(part.stop - part.start for cut in cuts for part in cut)), None
         for start in range(0, uses[0][0].rows, size):
             part = slice(start, start + size)
             gradients = [built(_answer(rule, call, own, part)[key])
@@ -172,13 +172,6 @@ def _sign(tensor: Tensor) -> Tensor:
     return signs if signs.dtype == dtype else signs.to(dtype)
 
 
-def _is_made(gradients: PerSample, call: Call) -> bool:
-    """Whether one of the rules here made a tensor of its own, which nobody else reads: it may become its signs."""
-    if not isinstance(gradients, Tensor) or call.rule not in RULES.values():
-        return False
-    return gradients.untyped_storage().data_ptr() != call.errors[0].untyped_storage().data_ptr()
-
-
 def _cut(rule: Any, call: Call, operands: tuple[Any, Tensor, int]) -> list[slice]:
     """Parts of the batch, in samples."""
     if "at_once" not in call.known:
@@ -198,7 +191,22 @@ def _answer(rule: Any, call: Call, operands: tuple[Any, Tensor, int], part: slic
     found = rule(call.module, inputs, errors)
     if rule not in RULES.values():
         refuse_answer(call.path, call.module, found, len(errors))
-    return found if fold == 1 else {key: built(g).unflatten(0, (-1, fold)).sum(1) for key, g in found.items()}
+    return found if fold == 1 else {key: _joined(g, fold) for key, g in found.items()}
+
+
+def _joined(gradients: PerSample, fold: int) -> PerSample:
+    """Of `fold` rows that are one sample's, their sum."""
+    if isinstance(gradients, Products):
+        return gradients.joined(fold)
+    return built(gradients).unflatten(0, (-1, fold)).sum(1)
+
+
+def _itself(t: Tensor) -> Tensor:
+    return t
+
+
+def _active(t: Tensor) -> Tensor:
+    return t.ne(0).to(t.dtype)
 
 
 def _added(streams: Sequence[Iterator[dict[str, Tensor]]]) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.checkpoint import checkpoint
 
 from sgsc_core import sums
+from sgsc_core.gradients import Products
 from sgsc_lib import (
     SGSC,
     check_consistency,
@@ -556,10 +557,14 @@ def test_chunks_bound_the_gradients_held_at_once_and_change_nothing(entries, mon
     whole, held = measured(model, x, y), []
     summed = sums.sums_of
     monkeypatch.setattr("sgsc_core.rules.CHUNK_ENTRIES", entries)
+    monkeypatch.setattr("sgsc_core.gradients.BLOCK_ENTRIES", entries)
+    blocks = Products.blocks
+    monkeypatch.setattr(Products, "blocks", lambda self: (
+        held.append((block.numel(), block[0].numel())) or block for block in blocks(self)))  # fmt: skip
     monkeypatch.setattr(sums, "sums_of", lambda g, *f: held.append((g.numel(), g[0].numel())) or summed(g, *f)
                         if isinstance(g, Tensor) else summed(g, *f))  # fmt: skip
     assert_equal(measured(model, x, y), whole)
-    biases = 10 * CLASSES  # of a Linear layer on vectors: its errors, which come whole
+    biases = 10 * 6  # of a Linear layer: its errors, which come whole
     assert held and all(total <= max(entries, of_one, biases) for total, of_one in held)
 
 
