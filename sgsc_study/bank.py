@@ -90,7 +90,7 @@ def grown(
     ...     rows = [{"arm": arm, **vars(run)} for arm, runs in cells.items() for run in runs]
     ...     return pd.DataFrame(rows).assign(valid_accuracy=lambda bank: 1 - (bank["lr"] - 0.4).abs())
     >>> sorted(grown(more({"Adam": [Run(0, 0.1), Run(0, 0.16)]}), {"Adam": ["Adam"]}, more)["lr"])
-    [0.1, 0.16, 0.26, 0.41, 0.66, 1.1]
+    [0.1, 0.16, 0.26, 0.41, 0.66, 1.0]
     """
     while True:
         cells: dict[str, list[Run]] = {}
