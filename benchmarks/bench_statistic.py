@@ -142,7 +142,7 @@ def main() -> None:
     if args.memory:
         torch.set_num_threads(CORES)
         return peak_memory(*args.memory)
-    rounds, budget = (3, 0.3) if args.quick else (31, 6.0)
+    rounds, budget = (3, 0.3) if args.quick else (31, 2.5)
     if args.cores:
         cores, name, *methods = args.cores
         torch.set_num_threads(int(cores))
