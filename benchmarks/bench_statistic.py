@@ -107,7 +107,7 @@ def peak_memory(name: str, method: str) -> None:
     model, x, y = build(MODELS[name])
     make = METHODS[method][0]
     torch.optim.Adam(model.parameters())  # imports what every training process has imported
-    # Code and libraries are loaded; the method's on a small model, as an SGSC that is not removed keeps its model.
+    # Code and libraries are loaded; the method's on a small model, so that no second copy of this one is counted.
     backward(copy.deepcopy(model), x[:2], y[:2])
     make(*build(MODELS["40-128-128-10"]))()
     gc.collect()  # hooks make cycles

@@ -8,13 +8,13 @@ import argparse
 from pathlib import Path
 
 import pandas as pd
+from methods import FLOOR, HOOKS, OURS, SCALED
 from plots import bars, lines
 from timing import RESULTS
 
 from sgsc_study.results import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOOR, HOOKS, OURS, SCALED = "plain backward", "hooks that do nothing", "SGSC, statistic", "SGSC, scale_gradients_"
 # The most that SGSC's time may be over a plain pass, and the least that the fastest peer's may be over SGSC's.
 AIMS = {
     "40-128-128-10": (1.7, 5),
@@ -48,6 +48,10 @@ def peers_of(table: pd.DataFrame) -> pd.DataFrame:
     return table[table.ratio.notna()].drop(index=[FLOOR, HOOKS, OURS, SCALED], errors="ignore")
 
 
+def on(cores: int) -> str:
+    return f"{cores} core{'s' if cores > 1 else ''}"
+
+
 def interval(row: pd.Series, column: str) -> str:
     return f"{row[column]:.2f} ({row[f'{column}_low']:.2f} to {row[f'{column}_high']:.2f})"
 
@@ -56,7 +60,7 @@ def aim(model: str, text: str, limit: float, found: dict[int, tuple[float, str]]
     """A row of the table of aims; `found` has by cores a value and how it is shown."""
     reached = {cores: value <= limit if at_most else value >= limit for cores, (value, _) in found.items()}
     missed = " and ".join(str(cores) for cores, yes in reached.items() if not yes)
-    shown = {f"{cores} core{'s' if cores > 1 else ''}": found.get(cores, (0, "–"))[1] for cores in (2, 1)}
+    shown = {on(cores): found.get(cores, (0, "–"))[1] for cores in (2, 1)}
     told = "no" if not any(reached.values()) else f"not on {missed}" if missed else "yes"
     return {"model": model, "aim": f"{text} {'≤' if at_most else '≥'} {limit:g}", **shown, "reached": told}
 
@@ -131,7 +135,7 @@ def passes_table(statistic: pd.DataFrame) -> pd.DataFrame:
         for column, name in (("ratio", "time / plain"), ("times_sgsc", "time / SGSC")):
             for cores in (2, 1):
                 shown = interval(by_cores.loc[cores], column) if cores in by_cores.index else "–"
-                row[f"{name}, {cores} core{'s' if cores > 1 else ''}"] = shown
+                row[f"{name}, {on(cores)}"] = shown
         row["rounds"] = " and ".join(str(int(n)) for n in by_cores.rounds)
         of_rounding = f", {top.of_rounding:.0f} of rounding" if top.of_rounding else ""
         row["entries that differ"] = f"{top.differing:.0f}{of_rounding}"
@@ -174,7 +178,7 @@ def where(profile: pd.DataFrame, table: pd.DataFrame) -> str:
         row = row.iloc[0]
         extra = (row.milliseconds - row.own) / row.own
         shares = [f"{row[part] / row.own:.2f} {name}" for part, name in zip(parts[1:], names[1:], strict=True)]
-        lines.append(f"- {model}: {extra:.2f} × beyond a plain pass on {row.cores} cores: {', '.join(shares)}.\n")
+        lines.append(f"- {model}: {extra:.2f} × beyond a plain pass on {on(row.cores)}: {', '.join(shares)}.\n")
     return text + ("Where an aim of time was not reached:\n\n" + "".join(lines) + "\n" if lines else "")
 
 
