@@ -2,8 +2,9 @@
 
 report/findings.md.j2 is the text, in parts that begin with a line `# name`: the page's first screen, the table of the
 card's claims, the answer of each notebook, the use that the README recommends. Each sentence names the claims that it
-rests on and the verdicts that it assumes, of all seeds and of both halves, or, for what it calls undecided, of all
-seeds; where a claim no longer says so, the build fails and names the sentence. Numbers come from results alone.
+rests on and the verdicts that it assumes, of all seeds and of both halves. For what it calls undecided that is the one
+of all seeds, or, in a list, those of all seeds and of either half. Where a claim no longer says so, the build fails and
+names the sentence. Numbers come from results alone.
 """
 
 from __future__ import annotations
@@ -51,12 +52,13 @@ def findings(results: Path) -> dict[str, str]:
     tuned = pd.read_csv(results / "contest_tuned.csv").drop_duplicates("arm").set_index("arm").to_dict("index")
 
     def given(
-        verdicts: Mapping[str, str], caller: Callable[[], str], undecided: Mapping[str, str] | None = None
+        verdicts: Mapping[str, str], caller: Callable[[], str], undecided: Mapping[str, str | list[str]] | None = None
     ) -> str:
         sentence = " ".join(caller().strip().splitlines())
-        for identity, verdict in {**verdicts, **(undecided or {})}.items():
-            columns = ("verdict", "half_a", "half_b") if identity in verdicts else ("verdict",)
-            for column in columns:
+        expected = {identity: [verdict] * 3 for identity, verdict in verdicts.items()}
+        expected |= {k: [told] if isinstance(told, str) else told for k, told in (undecided or {}).items()}
+        for identity, told in expected.items():
+            for column, verdict in zip(("verdict", "half_a", "half_b"), told, strict=False):
                 if (found := claims[identity][column]) != verdict:
                     where = {"half_a": " in half A", "half_b": " in half B"}.get(column, "")
                     raise BuildError(

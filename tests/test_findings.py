@@ -13,6 +13,8 @@ from manifest import BuildError
 
 TEMPLATE = (ROOT / findings.TEMPLATE).read_text(encoding="utf-8")
 ASSUMED = re.findall(r'"([\w-]+)": "([a-z]+)"', TEMPLATE)
+OPEN = re.findall(r'"([\w-]+)": on_all_seeds', TEMPLATE)  # better on all seeds, inconclusive on either half
+ASSUMED += [(identity, "better") for identity in OPEN]
 LIFTED = FIGURE.replace("fig-a", "fig-findings").replace("A dot.", "A &lt; B.")
 README = "# T\n" + "".join(
     f"<!-- {name}: by -->\nold\n<!-- /{name} -->\n{after}\n"
@@ -28,6 +30,7 @@ def claims(tmp_path):
     shutil.copy(full / "contest_tuned.csv", tmp_path)
     for identity, verdict in ASSUMED:
         table.loc[identity, ["verdict", "half_a", "half_b"]] = verdict
+    table.loc[OPEN, ["half_a", "half_b"]] = "inconclusive"
 
     def written(changed: pd.DataFrame):
         changed.reset_index().to_csv(tmp_path / "claims.csv", index=False)
@@ -57,7 +60,7 @@ def test_a_sentence_holds_in_both_halves_unless_it_names_the_claim_as_undecided(
     for identity, _ in ASSUMED:
         changed = table.copy()
         changed.loc[identity, "half_b"] = "other"
-        if identity in undecided:
+        if identity in undecided and identity not in OPEN:
             assert findings.findings(written(changed))
         else:
             with pytest.raises(BuildError, match=rf"{identity} .* other in half B"):
