@@ -21,7 +21,6 @@ from sgsc_core.calls import Call, Hook, exactly
 from sgsc_core.rules import RULES, convolution_rule, linear_rule, transposed_convolution_rule
 from sgsc_core.sums import Summing
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WORTHWHILE = 2**21  # multiplications of a product below which Python's cost for such a node is more than that saves
 NODES = {  # what autograd's graph has for a layer's forward pass as torch wrote it
     linear_rule: {"AddmmBackward0", "MmBackward0", "ViewBackward0", "UnsafeViewBackward0", "AddBackward0"},
@@ -126,7 +125,7 @@ def _is_torchs_own(module: nn.Module) -> bool:
     others = module._backward_hooks or module._backward_pre_hooks or torch.nn.modules.module._has_any_global_hook()
     parameters = [p for p in module._parameters.values() if p is not None]
     return (
-        type(module) in (nn.Linear, *CONVOLUTIONS)
+        RULES.get(type(module)) in NODES
         and "forward" not in vars(module)
         and all(isinstance(hook, Hook) for hook in hooks)
         and not others

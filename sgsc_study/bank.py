@@ -21,8 +21,9 @@ from sgsc_study.training import train
 GRIDS = {"Adam": ["Adam"], "SGSC before": ["Adam", "SGSC before"], "SGSC after": ["Adam", "SGSC after"]}
 CELL = [field.name for field in fields(Run) if field.name != "seed"]  # a cell is a Run without its seed
 # How far below its arm's leader a cell's mean validation accuracy may be after each round, to run the next: 4 points
-# after 2 seeds, 1.5 after 8. A run's standard deviation is about 1.5 points near an optimum.
-MARGINS = (0.04, 0.015)
+# after the first round (1 or 2 seeds), 1.5 after the second (4 or 8), 0.75 after a third (12). Over as many seeds, the
+# paired difference of two good cells has a standard error of 1.7, 0.85 and 0.5 points (1.2, 0.6).
+MARGINS = (0.04, 0.015, 0.0075)
 N_DRAWS = 10_000  # of seeds, in a bootstrap
 
 
@@ -32,17 +33,18 @@ def race(
     *,
     rounds: Sequence[int] = (2, 8, 24),
     first_seed: int = 10_000,
+    known: pd.DataFrame | None = None,
     progress: str | None = None,
     **settings: Any,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Train every arm's cells in rounds, on more and more seeds, in later rounds only those that could still be best.
 
     A cell is given as a `Run`, whose own seed is not used; all have `first_seed`, `first_seed` + 1, … in common. A cell
-    that has had a round's number of seeds goes to the next round, of three at most, if its mean validation accuracy is
+    that has had a round's number of seeds goes to the next round, of four at most, if its mean validation accuracy is
     within the round's margin (`MARGINS`) of that of the best cell of an arm that has it. Arms may share cells, as SGSC
-    with γ = 0 is Adam. `settings` go to `train`. Returns two tables: `Curves.final` of all runs, with the column `arm`
-    in front, the first arm that has the cell; and `Curves.frame`. Raises ValueError for rounds that do not grow and for
-    data without validation rows.
+    with γ = 0 is Adam. `known` are rows of an earlier race of the same arms, whose cells are rivals too. `settings` go
+    to `train`. Returns two tables: `Curves.final` of all runs, with the column `arm` in front, the first arm that has
+    the cell; and `Curves.frame`. Raises ValueError for rounds that do not grow and for data without validation rows.
 
     >>> from sgsc_study import load_mnist1d
     >>> small = {"epochs": 4, "widths": (40, 10), "n_jobs": 1, "rounds": [2, 4]}
@@ -69,24 +71,36 @@ def race(
         bank = pd.concat([bank, found], ignore_index=True)
         means = {Run(0, *cell): mean for cell, mean in bank.groupby(CELL)["valid_accuracy"].mean().items()}
         alive = {arm: [cell for cell in pool if cell in running] for arm, pool in pools.items()}
-        best = {arm: max((means[cell] for cell in cells), default=0.0) for arm, cells in alive.items()}
+        best = {arm: max([*(means[cell] for cell in cells), _best_of(known, arm, first_seed, n_seeds)])
+                for arm, cells in alive.items()}  # fmt: skip
         kept = {cell for arm, cells in alive.items() for cell in cells if means[cell] >= best[arm] - margin}
         running, done = [cell for cell in running if cell in kept], n_seeds
+        if not running:  # known cells are better
+            break
     return bank, pd.concat(by_epoch, ignore_index=True)
+
+
+def _best_of(known: pd.DataFrame | None, arm: str, first_seed: int, n_seeds: int) -> float:
+    """The best mean over these seeds of an arm's cells in a bank; 0 where there is none."""
+    if known is None:
+        return 0.0
+    valid = by_cell(known[known["seed"].between(first_seed, first_seed + n_seeds - 1)], [arm])
+    return valid.mean(axis=1).max() if valid.shape[1] == n_seeds else 0.0
 
 
 def grown(
     bank: pd.DataFrame,
     arms: Mapping[str, Sequence[str]],
-    train_more: Callable[[dict[str, list[Run]]], pd.DataFrame],
+    train_more: Callable[[dict[str, list[Run]], pd.DataFrame], pd.DataFrame],
     ratio: float = 1.6,
 ) -> pd.DataFrame:
     """A bank with more learning rates, beyond an end of a grid, until no arm's best cell has the last one of its grid.
 
-    `arms` as in `border_hits`. `train_more` trains cells, given as for `race`, and returns the rows of their runs. Two
-    rates are added at a time, each `ratio` times the one before, or a fraction of it. A grid of one rate stays.
+    `arms` as in `border_hits`. `train_more` trains cells, given as for `race`, beside the bank so far, and returns the
+    rows of their runs. Two rates are added at a time, each `ratio` times the one before, or a fraction of it. A grid of
+    one rate stays.
 
-    >>> def more(cells):
+    >>> def more(cells, _known=None):
     ...     rows = [{"arm": arm, **vars(run)} for arm, runs in cells.items() for run in runs]
     ...     return pd.DataFrame(rows).assign(valid_accuracy=lambda bank: 1 - (bank["lr"] - 0.4).abs())
     >>> sorted(grown(more({"Adam": [Run(0, 0.1), Run(0, 0.16)]}), {"Adam": ["Adam"]}, more)["lr"])
@@ -104,7 +118,7 @@ def grown(
                     cells.setdefault(arm, []).extend(replace(best, lr=float(f"{end * by**k:.2g}")) for k in (1, 2))
         if not cells:
             return bank
-        bank = pd.concat([bank, train_more({arm: [*dict.fromkeys(own)] for arm, own in cells.items()})])
+        bank = pd.concat([bank, train_more({arm: [*dict.fromkeys(own)] for arm, own in cells.items()}, bank)])
 
 
 def by_cell(runs: pd.DataFrame, arms: Sequence[str] = (), column: str = "valid_accuracy") -> pd.DataFrame:

@@ -41,6 +41,7 @@ def train_cnn(
         raise ValueError(f"`run` should be of SGSC's own gate, and of Adam or SGD. Found {run}.")
     model, order = mnist1d_cnn(run.seed), torch.Generator().manual_seed(run.seed)
     sgsc = SGSC(model, run.gamma) if run.gamma else None
+    optimizer: torch.optim.Optimizer
     if run.optimizer == "adam":
         optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=run.weight_decay)
     else:

@@ -70,11 +70,10 @@ def evaluate(parameters: list[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Te
     """Loss [R] and accuracy [R] of every run on all of x [N, in], in blocks that stay in cache; NaN where N = 0."""
     n_runs, n = len(parameters[0]), len(x)
     loss, correct = x.new_zeros(n_runs), y.new_zeros(n_runs)
-    for x_block, y_block in zip(x.split(125), y.split(125), strict=True) if n else ():
-        log_p = log_probabilities(forward(parameters, x_block.expand(n_runs, *x_block.shape))[1])
-        labels = y_block.expand(n_runs, -1)
-        loss += losses_of(log_p, labels) * len(x_block)
-        correct += (log_p.argmax(1) == labels).sum(1)
+    for x_block, y_block in zip(x.split(160), y.split(160), strict=True) if n else ():
+        logits, labels = forward(parameters, x_block.expand(n_runs, *x_block.shape))[1], y_block.expand(n_runs, -1)
+        loss += losses_of(log_probabilities(logits), labels) * len(x_block)
+        correct += (logits.argmax(2) == labels).sum(1)
     return loss / n, correct / n if n else torch.full_like(loss, math.nan)
 
 
@@ -147,7 +146,7 @@ def training(
             losses = losses_of(log_p, y, smoothing)  # [R]
             layers = list(zip(inputs, backward(parameters, inputs, log_p, y, smoothing), strict=True))
             layers, judging = in_samples(layers, control)
-            means = gradients = [s for a, delta in layers for s in factored_sums(a, delta, lambda t: t)]
+            means = gradients = sums_over(layers, "total")
             made = gates = None
             if gate is not None:
                 of_tensor = zip(*(sums_over(judging, name) for name in sums_of(gate)), strict=True)

@@ -56,7 +56,7 @@ class Run:
         check_choice("schedule", self.schedule, SCHEDULES)
         check("weight_decay", self.weight_decay, float, low=0.0)
         check("label_smoothing", self.label_smoothing, float, low=0.0, high=1.0)
-        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("optimizer", self.optimizer, [*OPTIMIZERS])
         if self.control in HALVES and not self.gamma:
             raise ValueError(f"`gamma` should be > 0 for the control {self.control!r}. Found {self.gamma}.")
         if self.gate == "and-mask":

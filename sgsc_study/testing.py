@@ -47,6 +47,6 @@ def assert_rule(rule: Rule, module: nn.Module, inputs: Tensor) -> None:
     errors = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(output)
     found = rule(module, inputs, errors)
     refuse_answer("", module, found, len(errors))
-    for name, expected in per_sample_rule(module, inputs, errors).items():
-        message = f"The gradients of {name!r} are others."
+    for name, gradients in per_sample_rule(module, inputs, errors).items():
+        message, expected = f"The gradients of {name!r} are others.", built(gradients)
         torch.testing.assert_close(built(found[name]).to(expected.dtype), expected, msg=message)

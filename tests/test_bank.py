@@ -65,10 +65,19 @@ def test_a_bank_grows_until_no_best_rate_is_the_last_of_its_grid_and_shared_cell
     arms = {"Adam": ["Adam"], "both": parts}
     first = race(few, SMALL, **how)[0]
     assert any("lr" in hit for hit in border_hits(first, arms))
-    whole = grown(first, arms, lambda more: race(more, SMALL, **how)[0])
+    whole = grown(first, arms, lambda more, known: race(more, SMALL, known=known, **how)[0])
     assert not any("lr" in hit for hit in border_hits(whole, arms))
     assert whole.iloc[: len(first)].equals(first) and (whole["arm"] == "Adam").equals(whole["gamma"] == 0)
     assert not whole.duplicated(["seed", *CELL]).any()
+
+
+def test_cells_of_a_later_race_go_on_only_where_they_come_near_what_is_known_on_the_same_seeds():
+    how = {"rounds": [2, 4], "first_seed": 70, **SETTINGS}
+    best = race({"Adam": [Run(0, 0.03)]}, SMALL, **how)[0]
+    sizes = {arm: len(race({arm: [Run(0, 1e-5)]}, SMALL, known=best, **how)[0]) for arm in ("Adam", "of its own")}
+    assert sizes == {"Adam": 2, "of its own": 4}
+    other_seeds = best[best["seed"] > 70]
+    assert len(race({"Adam": [Run(0, 1e-5)]}, SMALL, known=other_seeds, **how)[0]) == 4
 
 
 def grid(values: list[list[float]], placement: str = "after") -> pd.DataFrame:
@@ -137,7 +146,7 @@ def test_a_tuned_comparison_of_single_cells_is_the_paired_one_and_a_choice_widen
 
 def test_bad_rounds_and_data_without_validation_rows_are_refused_by_name():
     call = partial(race, ARMS, SMALL, **SETTINGS)
-    assert_refused(call, ValueError, rounds=[[2, 2], [4, 2], [1, 2, 3, 4]])
+    assert_refused(call, ValueError, rounds=[[2, 2], [4, 2], [1, 2, 3, 4, 5]])
     assert_refused(call, TypeError, rounds=[[1.5]])
     without = SMALL._replace(x_valid=SMALL.x_valid[:0], y_valid=SMALL.y_valid[:0])
     assert_refused(partial(race, ARMS), ValueError, data=[without])
