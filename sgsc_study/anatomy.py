@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sgsc_study.data import Dataset
-from sgsc_study.engine import evaluate, forward, log_probabilities, losses_of, stream, training
+from sgsc_study.engine import evaluate, forward, losses_of, stream, training
 from sgsc_study.gates import Gate, align_runs
 from sgsc_study.optimizers import OPTIMIZERS
 from sgsc_study.runs import Run
@@ -36,7 +36,7 @@ def sharpness(runs: Sequence[Run], parameters: Sequence[Tensor], x: Tensor, y: T
     draws = [stream(run.seed, 3) for run in runs]
     v = [torch.stack([torch.randn(p.shape[1:], generator=draw, dtype=p.dtype) for draw in draws]) for p in own]
     with torch.enable_grad():
-        log_p = log_probabilities(forward(own, x.expand(rows))[1])
+        log_p = forward(own, x.expand(rows))[1].log_softmax(1)
         loss = losses_of(log_p, y.expand(rows[:2])).sum()  # runs do not interact
         gradients = torch.autograd.grad(loss, own, create_graph=True)
         for _ in range(iterations):

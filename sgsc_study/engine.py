@@ -26,17 +26,14 @@ def stacked_parameters(runs: Sequence[Run], widths: tuple[int, ...], like: Tenso
 
 
 def forward(parameters: list[Tensor], x: Tensor) -> tuple[list[Tensor], Tensor]:
-    """All runs' forward pass on x [R, B, in]: the inputs A of each layer, and the logits [R, B, classes]."""
-    inputs = []
-    for weight, bias in zip(parameters[::2], parameters[1::2], strict=True):
-        inputs.append(x.relu_() if inputs else x)
-        x = torch.baddbmm(bias.unsqueeze(1), inputs[-1], weight.mT)  # [R, B, out]
-    return inputs, x
+    """All runs' forward pass on x [R, B, in]: the inputs A of each layer, and the logits [R, classes, B].
 
-
-def log_probabilities(logits: Tensor) -> Tensor:
-    """Logits [R, B, classes] -> log p [R, classes, B]: along a last axis as short as this torch is six times slower."""
-    return logits.mT.contiguous().log_softmax(1)
+    The classes come first, as products and sums along a last axis as short as theirs are two to six times slower.
+    """
+    inputs = [x]
+    for weight, bias in zip(parameters[:-2:2], parameters[1:-2:2], strict=True):
+        inputs.append(torch.baddbmm(bias.unsqueeze(1), inputs[-1], weight.mT).relu_())  # [R, B, out]
+    return inputs, torch.baddbmm(parameters[-1].unsqueeze(2), parameters[-2], inputs[-1].mT)
 
 
 def losses_of(log_p: Tensor, y: Tensor, smoothing: Tensor | None = None) -> Tensor:
@@ -72,8 +69,8 @@ def evaluate(parameters: list[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Te
     loss, correct = x.new_zeros(n_runs), y.new_zeros(n_runs)
     for x_block, y_block in zip(x.split(160), y.split(160), strict=True) if n else ():
         logits, labels = forward(parameters, x_block.expand(n_runs, *x_block.shape))[1], y_block.expand(n_runs, -1)
-        loss += losses_of(log_probabilities(logits), labels) * len(x_block)
-        correct += (logits.argmax(2) == labels).sum(1)
+        loss += losses_of(logits.log_softmax(1), labels) * len(x_block)
+        correct += (logits.mT.contiguous().argmax(2) == labels).sum(1)
     return loss / n, correct / n if n else torch.full_like(loss, math.nan)
 
 
@@ -142,14 +139,15 @@ def training(
             step += 1
             x, y = x_train.index_select(0, batch.flatten()).view(*batch.shape, -1), y_train[batch]
             inputs, logits = forward(parameters, x)
-            log_p = log_probabilities(logits)
+            log_p = logits.log_softmax(1)
             losses = losses_of(log_p, y, smoothing)  # [R]
             layers = list(zip(inputs, backward(parameters, inputs, log_p, y, smoothing), strict=True))
             layers, judging = in_samples(layers, control)
             means = gradients = sums_over(layers, "total")
             made = gates = None
             if gate is not None:
-                of_tensor = zip(*(sums_over(judging, name) for name in sums_of(gate)), strict=True)
+                known = {"total": means} if judging is layers else {}
+                of_tensor = zip(*(known.get(name) or sums_over(judging, name) for name in sums_of(gate)), strict=True)
                 size = judging[0][0].shape[1]
                 made = [gate(*tensors, batch_size=size, gamma=gammas) for tensors in of_tensor]
                 first_gates = first_gates or made
@@ -204,7 +202,7 @@ def train_stack(
     for step in training(runs, data, gate, epochs, batch_size, widths):
         log["step_loss"].append(step.losses)
         if probe_size:
-            log["probe_loss"].append(losses_of(log_probabilities(forward(step.parameters, probe[0])[1]), probe[1]))
+            log["probe_loss"].append(losses_of(forward(step.parameters, probe[0])[1].log_softmax(1), probe[1]))
         if step.ends_epoch and (step.epoch % evaluate_every == 0 or step.epoch == epochs):
             found = [values for k in (0, 2, 4) for values in evaluate(step.parameters, data[k], data[k + 1])]
             for name, values in zip(EPOCH_CURVES, found, strict=True):

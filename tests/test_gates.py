@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sgsc_lib import factored_sums, mlp, per_sample_gradients
 from sgsc_study import GATES, RELATIVES
-from sgsc_study.engine import backward, forward, log_probabilities
+from sgsc_study.engine import backward, forward
 from sgsc_study.gates import SUMS, check_gate, sums_of
 from sgsc_study.testing import assert_gate
 
@@ -34,7 +34,7 @@ def test_each_gate_is_its_definition_on_per_sample_gradients(name, seed, batch_s
     gamma = 0.25 + torch.rand((), generator=draw, dtype=torch.float64) / 2
     parameters = [p.detach().unsqueeze(0) for p in model.parameters()]
     inputs, logits = forward(parameters, x.unsqueeze(0))
-    errors = backward(parameters, inputs, log_probabilities(logits), y.unsqueeze(0))
+    errors = backward(parameters, inputs, logits.log_softmax(1), y.unsqueeze(0))
     sums, found = {"total": lambda t: t, **SUMS}, []
     for a, delta in zip(inputs, errors, strict=True):
         for tensors in zip(*(factored_sums(a, delta, sums[kind]) for kind in sums_of(gate)), strict=True):
