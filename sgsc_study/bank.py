@@ -94,11 +94,11 @@ def grown(
     train_more: Callable[[dict[str, list[Run]], pd.DataFrame], pd.DataFrame],
     ratio: float = 1.6,
 ) -> pd.DataFrame:
-    """A bank with more learning rates, beyond an end of a grid, until no arm's best cell has the last one of its grid.
+    """A bank with more cells, beyond an end of a grid, until no arm's best cell has its last learning rate or decay.
 
     `arms` as in `border_hits`. `train_more` trains cells, given as for `race`, beside the bank so far, and returns the
-    rows of their runs. Two rates are added at a time, each `ratio` times the one before, or a fraction of it. A grid of
-    one rate stays.
+    rows of their runs. Two rates are added at a time, each `ratio` times the one before, or a fraction of it; of weight
+    decays the next one, for all rates of the last. A grid of one rate or decay stays.
 
     >>> def more(cells, _known=None):
     ...     rows = [{"arm": arm, **vars(run)} for arm, runs in cells.items() for run in runs]
@@ -110,15 +110,30 @@ def grown(
         cells: dict[str, list[Run]] = {}
         for parts in arms.values():
             best = Run(0, *best_cell(by_cell(bank, parts)))
-            same = (bank[["seed", *CELL]].assign(seed=0, lr=best.lr) == pd.Series(vars(best))).all(axis=1)
-            rates = bank.loc[same & bank["arm"].isin(parts), "lr"]
-            arm = bank.loc[same & (bank["lr"] == best.lr), "arm"].iloc[0]
-            for end, by in ((rates.min(), 1 / ratio), (rates.max(), ratio)):
-                if rates.nunique() > 1 and best.lr == end:
-                    cells.setdefault(arm, []).extend(replace(best, lr=float(f"{end * by**k:.2g}")) for k in (1, 2))
+            same = pd.Series(vars(best)).drop(["seed", "lr", "weight_decay"])
+            plane = bank[bank["arm"].isin(parts) & (bank[same.index] == same).all(axis=1)].set_index("weight_decay")
+            row = plane.loc[[best.weight_decay]]
+            rates, decays = sorted(set(row["lr"])), sorted(set(plane.index))
+            found = [replace(best, lr=lr) for lr in _beyond(best.lr, rates, 2, ratio)]
+            found += [replace(best, lr=lr, weight_decay=decay)
+                      for decay in _beyond(best.weight_decay, decays, 1) for lr in rates]  # fmt: skip
+            if found:
+                cells.setdefault(row.loc[row["lr"] == best.lr, "arm"].iloc[0], []).extend(found)
         if not cells:
             return bank
         bank = pd.concat([bank, train_more({arm: [*dict.fromkeys(own)] for arm, own in cells.items()}, bank)])
+
+
+def _beyond(value: float, grid: list[float], n: int, ratio: float | None = None) -> list[float]:
+    """The next n values of a rising grid, to two digits, beyond that end of it which `value` is; below 0 are none.
+
+    They go on by `ratio`; left out, by that of the grid's last two, or by 4 where the last but one is 0.
+    """
+    if len(grid) == 1 or value not in (grid[0], grid[-1]) or value == 0:
+        return []
+    ratio = ratio or grid[-1] / (grid[-2] or grid[-1] / 4)
+    by = ratio if value == grid[-1] else 1 / ratio
+    return [float(f"{value * by**k:.2g}") for k in range(1, n + 1)]
 
 
 def by_cell(runs: pd.DataFrame, arms: Sequence[str] = (), column: str = "valid_accuracy") -> pd.DataFrame:

@@ -71,6 +71,24 @@ def test_a_bank_grows_until_no_best_rate_is_the_last_of_its_grid_and_shared_cell
     assert not whole.duplicated(["seed", *CELL]).any()
 
 
+@pytest.mark.parametrize(("decays", "best", "expected"), [
+    ((0.05, 0.2), 0.75, [0.05, 0.2, 0.8, 3.2]),
+    ((0.0, 0.2), 0.2, [0.0, 0.2, 0.8]),
+    ((0.8, 3.2), 0.8, [0.2, 0.8, 3.2]),
+    ((0.0, 0.2), 0.0, [0.0, 0.2]),
+    ((0.2,), 0.2, [0.2]),
+])  # fmt: skip
+def test_a_bank_grows_along_decays_at_every_rate_of_the_last_one(decays, best, expected):
+    def more(cells, _known=None):
+        bank = pd.DataFrame([{"arm": arm, **vars(run)} for arm, runs in cells.items() for run in runs])
+        return bank.assign(valid_accuracy=-((bank["lr"] - 0.2) ** 2) - (bank["weight_decay"] - best) ** 2)
+
+    first = more({"AdamW": [Run(0, lr, weight_decay=d) for lr in (0.1, 0.2, 0.3) for d in decays]})
+    whole = grown(first, {"AdamW": ["AdamW"]}, more)
+    assert sorted(set(whole["weight_decay"])) == expected and len(whole) == 3 * len(expected)
+    assert not border_hits(whole, {"AdamW": ["AdamW"]})
+
+
 def test_cells_of_a_later_race_go_on_only_where_they_come_near_what_is_known_on_the_same_seeds():
     how = {"rounds": [2, 4], "first_seed": 70, **SETTINGS}
     best = race({"Adam": [Run(0, 0.03)]}, SMALL, **how)[0]

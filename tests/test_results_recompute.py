@@ -239,7 +239,7 @@ def test_the_contest_is_judged_over_seeds_and_the_choice_of_the_cell(identity):
         arms = [{c: runs for c, runs in contest_cells(*arm, schedule, *half).items() if c in of_cell}
                 for arm in (one, two)]  # fmt: skip
         n_bank, n = len(next(iter(arms[0].values()))), len(of_cell[best(arms[0])][half[0] :: half[1]])
-        assert n >= 32 / half[1]
+        assert n >= 20 / half[1]
         differences = []
         for _ in range(4000):
             bank_seeds, seeds = draw.integers(n_bank, size=n_bank), draw.integers(n, size=n)
