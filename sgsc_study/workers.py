@@ -1,5 +1,6 @@
 """Where work is done: processes on this machine or a Dask cluster, and whether they compute the same bits."""
 
+import gc
 import hashlib
 import json
 import os
@@ -147,6 +148,7 @@ def on_workers(scheduler: str, n_jobs: int, n_tasks: int) -> Iterator[Callable[[
         return
     from distributed import Client, KilledWorker  # only a cluster needs it
 
+    gc.collect()  # a client that found no scheduler closes when it is collected; within another's start that hangs
     try:
         client = Client(scheduler, timeout="10s")
     except (OSError, ValueError) as error:
