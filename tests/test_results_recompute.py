@@ -70,8 +70,13 @@ def test_the_bank_is_wide_and_fine_enough_and_has_seeds_where_a_cell_could_be_be
         rates = sorted(bank.loc[same, "lr"].unique())
         where = rates.index(lr)
         assert 0 < where < len(rates) - 1 and max(np.divide(rates[1:], rates[:-1])) <= 1.6
-    seen = bank.groupby([*CELL])["valid_accuracy"].agg(["mean", "size"])
-    assert seen["size"].min() >= 2 and seen.loc[seen["mean"] >= seen["mean"].max() - 0.015, "size"].min() >= 8
+        pool = bank[(bank["gamma"] == 0) | (bank["placement"] == arm.split()[1])].pivot_table(
+            index=CELL, columns="seed", values="valid_accuracy")  # fmt: skip
+        n_seeds, gated = pool.notna().sum(axis=1), pool.index.get_level_values("gamma") > 0
+        assert set(n_seeds) == {2, 8, 24}
+        for n, far in ((2, 0.04), (8, 0.015)):  # what stopped was that far behind on the same seeds
+            means = pool.loc[n_seeds >= n].iloc[:, :n].mean(axis=1)
+            assert (means[(n_seeds == n) & gated] < means.max() - far + 1e-9).all()
     assert not set(bank["seed"]) & set(table("evaluation")["seed"])
 
 
