@@ -4,7 +4,7 @@ It tunes by measuring the surface, not by drawing a search: the winner of a shor
 spread no number of evaluation seeds removes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
@@ -129,11 +129,17 @@ def _beyond(value: float, grid: list[float], n: int, ratio: float | None = None)
 
     They go on by `ratio`; left out, by that of the grid's last two, or by 4 where the last but one is 0.
     """
-    if len(grid) == 1 or value not in (grid[0], grid[-1]) or value == 0:
+    if not (end := _end(value, grid)):
         return []
     ratio = ratio or grid[-1] / (grid[-2] or grid[-1] / 4)
-    by = ratio if value == grid[-1] else 1 / ratio
+    by = ratio if end == "highest" else 1 / ratio
     return [float(f"{value * by**k:.2g}") for k in range(1, n + 1)]
+
+
+def _end(value: float, grid: Iterable[float]) -> str:
+    """Which end of a grid a value is: lowest, highest or none. A single value has no ends, and 0 has nothing below."""
+    low, high = min(grid), max(grid)
+    return "" if low == high or value == 0 else {low: "lowest", high: "highest"}.get(value, "")
 
 
 def by_cell(runs: pd.DataFrame, arms: Sequence[str] = (), column: str = "valid_accuracy") -> pd.DataFrame:
@@ -192,9 +198,8 @@ def border_hits(bank: pd.DataFrame, arms: Mapping[str, Sequence[str]]) -> list[s
         for name, others in AXES.items():
             grid = own.loc[(own[others] == [getattr(best, other) for other in others]).all(axis=1), name]
             value = getattr(best, name)
-            for end, word in ((grid.min(), "lowest"), (grid.max(), "highest")):
-                if grid.nunique() > 1 and value == end > 0:
-                    hits.append(f"{arm}'s best {name}, {value:g}, is the {word} of its grid.")
+            if end := _end(value, grid):
+                hits.append(f"{arm}'s best {name}, {value:g}, is the {end} of its grid.")
     return hits
 
 
